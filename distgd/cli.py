@@ -1,0 +1,216 @@
+"""The command line. It reads arguments, calls what is below, prints, and ends with an exit code.
+
+    0 ok   1 failed   2 bad config or input   3 diverged   130 Ctrl-C
+
+With `--json` everything for people goes to stderr and the last line of stdout is one JSON object, at every exit; where
+the run could not be finished it has `status` and `error`. Nothing heavy is imported before it is needed: `--help`
+answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import closing, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from distgd.errors import BadInput, DistgdError
+
+if TYPE_CHECKING:
+    from distgd.config import Config
+    from distgd.progress import Progress
+
+Payload = Mapping[str, Any]
+
+as_json = click.option(
+    "--json", is_flag=True, expose_value=False, help="Print one JSON object as the last line of stdout."
+)
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[SECTION.KEY=VALUE]...")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    >>> main(["config", "show", "missing.yaml"])
+    2
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--json" not in given:
+        return _outcome(given)[0]
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):
+        code, payload = _outcome(given)
+    print(json.dumps(payload), file=stdout, flush=True)
+    return code
+
+
+def _outcome(arguments: list[str]) -> tuple[int, Payload]:
+    """The exit code and what `--json` prints; errors have been told to the person."""
+    try:
+        payload = commands.main(arguments, prog_name="distgd", standalone_mode=False)
+        return 0, payload if isinstance(payload, Mapping) else {}
+    except DistgdError as error:
+        result = error.result.as_dict() if error.result is not None else {}
+        _show_result(result)
+        code, payload = _told(error.exit_code, error.status, str(error))
+        return code, {**result, **payload}
+    except click.ClickException as error:
+        error.show()
+        return BadInput.exit_code, {"status": BadInput.status, "error": error.format_message()}
+    except (click.Abort, KeyboardInterrupt):
+        return _told(130, "interrupted", "interrupted")
+    except Exception as error:  # noqa: BLE001  # a mistake of ours: with --json it is told as JSON too
+        traceback.print_exc()
+        return 1, {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _told(code: int, status: str, message: str) -> tuple[int, Payload]:
+    click.echo(f"distgd: {message}", err=True)
+    return code, {"status": status, "error": message}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="distgd", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Train with a parameter server on Ray: sync, bounded or async, on one machine or many."""
+
+
+@commands.command()
+@click.argument("config")
+@overrides_argument
+@click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
+@as_json
+def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> Payload:
+    """Train what the file CONFIG says.
+
+    Single keys are changed behind it:  distgd train configs/quickstart.yaml cluster.workers=4 optimizer.lr=0.01
+    """
+    settings, name = _load(config, overrides), Path(config).stem
+    return _plan(settings, name) if dry_run else _train(settings, name)
+
+
+def _plan(config: Config, name: str) -> Payload:
+    from distgd import trainer
+
+    plan = trainer.prepare(config, None, name)
+    click.echo("\n".join(plan.lines()))
+    return plan.as_dict()
+
+
+def _train(config: Config, name: str) -> Payload:
+    from distgd import trainer
+
+    with closing(_Line()) as line:
+        result: Payload = trainer.launch(config, name, line).as_dict()
+    _show_result(result)
+    return result
+
+
+class _Line:
+    """The progress line; it begins with the event that says how many steps are planned."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self._progress is None:
+            from distgd.progress import Progress
+
+            self._progress = Progress(sys.stdout, event.get("steps"))
+        self._progress(event)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+
+
+def _show_result(result: Payload) -> None:
+    """What came out and where it lies; nothing for a run that never began."""
+    if not result:
+        return
+    folder = Path(result["run_dir"])
+    click.echo(
+        f"{result['status']}: {result['steps']} steps, {result['samples']:,} samples in {result['wall_s']:.1f} s"
+    )
+    for name, value in sorted(result["metrics"].items()):
+        if name.startswith(("train/", "eval/")):
+            click.echo(f"  {name:<20} {value:.4f}")
+    click.echo(f"run folder  {folder}")
+    if (folder / "model.safetensors").exists():
+        click.echo(f"weights     {folder / 'model.safetensors'}")
+    click.echo(f"numbers     {folder / 'metrics.jsonl'}")
+    if result["mlflow_run_id"]:
+        click.echo(f"curves      distgd ui {folder}")
+
+
+@commands.group()
+def config() -> None:
+    """Look at a config, or at every key that one can have."""
+
+
+@config.command()
+@click.argument("config")
+@overrides_argument
+@as_json
+def show(config: str, overrides: tuple[str, ...]) -> Payload:
+    """Print CONFIG with every default and override filled in."""
+    settings = _load(config, overrides)
+    click.echo(settings.to_yaml(), nl=False)
+    return settings.model_dump(mode="json")
+
+
+@config.command()
+@as_json
+def schema() -> Payload:
+    """Print every key with its type, default and meaning; with --json the JSON schema."""
+    from distgd.config import json_schema, schema_rows
+
+    for row in schema_rows():
+        click.echo(f"{row.key}: {row.type} [{row.default}]\n    {row.description}")
+    return json_schema()
+
+
+@commands.command()
+@click.argument("run", required=False)
+@click.option(
+    "--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Where the browser finds it."
+)
+def ui(run: str | None, port: int) -> None:
+    """Open the MLflow store of RUN, a run folder or a name under runs/, else the one in use here."""
+    from distgd import tracking
+
+    uri = _store(run, os.environ)
+    if uri == "none":
+        raise BadInput.at("tracking.uri", "an MLflow store", uri, "the run's numbers are in its metrics.jsonl")
+    if code := tracking.ui(uri, port):
+        raise DistgdError(f"MLflow's server ended with exit code {code}")
+
+
+def _store(run: str | None, environ: Mapping[str, str]) -> str:
+    """The MLflow store of a run; without one, that of the environment or the default."""
+    from distgd.config import Tracking
+
+    if run is None:
+        return environ.get("MLFLOW_TRACKING_URI") or Tracking().uri
+    return _load(_run_folder(run) / "config.yaml").tracking.uri
+
+
+def _run_folder(run: str) -> Path:
+    from distgd.config import Run
+
+    for folder in (Path(run), Path(Run().storage) / run):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise BadInput(f"RUN: expected a run folder or a name under {Run().storage}/, found {run!r} with no config.yaml")
+
+
+def _load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
+    from distgd.config import load
+
+    return load(source, overrides, os.environ)

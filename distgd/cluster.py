@@ -1,0 +1,339 @@
+"""Where processes live: Ray. The only module that imports it.
+
+A cluster spawns processes from specifications, carries the driver's messages, and says which process is gone. What a
+message means is no business of this one. `RayCluster` runs each process as an actor whose one long call is the event
+loop of a plain class; `distgd.inprocess.InProcessCluster` has the same verbs on one thread.
+
+Ray gives placement, life and death, and hands the run's secret to its processes; no byte of a step goes through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from distgd import events as ev
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError
+from distgd.transport import Codec, ZmqEndpoint
+
+log = logging.getLogger("distgd.cluster")
+
+POLL = 0.2  # seconds between two looks at Ray for processes that are gone
+PATIENCE = 5.0  # seconds that processes get to end by themselves
+MESSAGE_SLACK = 1 << 20  # bytes of a message beside its arrays
+
+
+class Actor(Protocol):
+    """A process's state machine."""
+
+    def handle(self, source: int, event: Any) -> list[ev.Effect]: ...
+
+    def perform(self, work: Any) -> Any: ...
+
+
+class Spec(Protocol):
+    """All that a process is made of; it travels by pickle, through Ray alone."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def rules(self) -> Any: ...
+    def build(self, clock: Callable[[], float]) -> Actor: ...
+
+
+class Cluster(Protocol):
+    """The verbs that the trainer knows."""
+
+    def now(self) -> float: ...
+
+    def spawn(self, specs: Mapping[int, Spec]) -> None: ...
+
+    def send(self, to: int, message: Any) -> None: ...
+
+    def receive(self, timeout: float) -> tuple[int, Any] | None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray sets aside for a process of one role."""
+
+    cpus: float
+    gpus: float
+
+
+class Process:
+    """The event loop of one process: an endpoint, and a state machine once `run` is called."""
+
+    def __init__(self, me: int, role: str, secret: bytes, listen: tuple[str, ...], max_bytes: int, path: str) -> None:
+        if path not in sys.path:
+            sys.path.insert(0, path)
+        host = _node_address() if "tcp" in listen else None
+        codec = Codec(ev.MESSAGES)
+        self._me = me
+        self._endpoint = ZmqEndpoint(me, role, secret, codec, listen=listen, host=host, max_bytes=max_bytes)
+
+    def whereabouts(self) -> tuple[str, tuple[str, ...]]:
+        """The Ray node and the addresses that this process listens on."""
+        return _node_id(), self._endpoint.addresses
+
+    def run(self, spec: Spec, peers: Mapping[int, str]) -> str:
+        """Live until told to end; returns why. An error is sent to the driver before the process ends."""
+        for peer, address in peers.items():
+            self._endpoint.connect(peer, address)
+        timeline = spec.rules.timeline
+        try:
+            actor = spec.build(time.monotonic)
+            facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
+            self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
+            return self._loop(actor)
+        except Exception as error:
+            kind = type(error).__name__ if isinstance(error, DistgdError) else "RunFailed"
+            self._endpoint.send(ev.DRIVER, ev.ProcessFailed(timeline, kind, _told(error)))
+            return f"failed: {error}"
+        finally:
+            self._endpoint.close()
+
+    def _loop(self, actor: Actor) -> str:
+        work: deque[Any] = deque()
+        while True:
+            arrived = self._endpoint.receive(0.0 if work else 1.0)
+            if arrived is not None:
+                effects = actor.handle(*arrived)
+            elif work:
+                effects = actor.handle(self._me, actor.perform(work.popleft()))
+            else:
+                continue
+            for effect in effects:
+                match effect:
+                    case ev.Send(to, message):
+                        self._endpoint.send(to, message)
+                    case ev.Compute(wanted):
+                        work.append(wanted)
+                    case ev.End(why):
+                        return why
+
+
+def _told(error: Exception) -> str:
+    from distgd.replica import users_error
+
+    return str(error) if isinstance(error, DistgdError) else users_error(error)
+
+
+class RayCluster:
+    """Processes as Ray actors.
+
+    In a process that is connected to Ray already that cluster is used and left up; else `address` is joined, or a
+    private one is started on this machine and ended, with its files, by `close`.
+
+    Args:
+        resources: by role.
+        start_seconds: how long all processes may take to start.
+        max_bytes: the largest array in a message.
+
+    Raises:
+        DeadlineExceeded: not everybody was placed and started in time; says what was asked and what each node has.
+        BadInput: no cluster answers at `address`.
+    """
+
+    def __init__(
+        self, address: str | None, resources: Mapping[str, Resources], start_seconds: float, max_bytes: int
+    ) -> None:
+        self._resources = resources
+        self._start_seconds = start_seconds
+        self._max_bytes = max_bytes + MESSAGE_SLACK
+        self._address = address
+        self._secret = secrets.token_bytes(32)
+        self._running: dict[Any, int] = {}  # the call that is a process's life -> incarnation
+        self._actors: dict[int, Any] = {}
+        self._gone: deque[tuple[int, Any]] = deque()
+        self._looked = 0.0
+        self._joined = False
+        self._private: Path | None = None
+        self._environment: dict[str, str | None] = {}
+        self._endpoint: ZmqEndpoint | None = None
+
+    def now(self) -> float:
+        """Seconds of a monotonic clock."""
+        return time.monotonic()
+
+    def spawn(self, specs: Mapping[int, Spec]) -> None:
+        """Place and start processes by incarnation; each reports that it is ready. Called once."""
+        import ray
+
+        began = self.now()
+        if not ray.is_initialized():
+            self._connect(specs)
+        listen = ("ipc", "tcp") if sum(node["Alive"] for node in ray.nodes()) > 1 else ("ipc",)
+        codec = Codec(ev.MESSAGES)
+        host = _node_address() if "tcp" in listen else None
+        self._endpoint = ZmqEndpoint(
+            ev.DRIVER, "driver", self._secret, codec, listen=listen, host=host, max_bytes=self._max_bytes
+        )
+        for incarnation, spec in specs.items():
+            self._actors[incarnation] = self._actor(incarnation, spec, listen)
+        asked = {actor.whereabouts.remote(): incarnation for incarnation, actor in self._actors.items()}
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=self._start_seconds)
+        if late:
+            raise self._not_placed([specs[asked[ref]].role for ref in late], self.now() - began)
+        places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: (_node_id(), self._endpoint.addresses)}
+        for incarnation, spec in specs.items():
+            peers = _reachable(incarnation, places)
+            self._running[self._actors[incarnation].run.remote(spec, peers)] = incarnation
+
+    def _connect(self, specs: Mapping[int, Spec]) -> None:
+        import ray
+
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self._address is not None:
+            try:
+                ray.init(address=self._address, **quiet)
+                self._joined = True
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                do = "start it with `ray start --head`, or remove the key to train on this machine"
+                raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", self._address, do) from error
+            return
+        self._private = Path(tempfile.mkdtemp(prefix="distgd-"))
+        self._set_environment(
+            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0"
+        )
+        wanted = sum(self._resources[spec.role].cpus for spec in specs.values())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(
+                address="local",
+                num_cpus=max(1, os.cpu_count() or 1, -int(-wanted // 1)),
+                include_dashboard=False,
+                object_store_memory=max(128 << 20, 4 * self._max_bytes),
+                _temp_dir=str(self._private),
+                **quiet,
+            )
+
+    def _actor(self, incarnation: int, spec: Spec, listen: tuple[str, ...]) -> Any:
+        import ray
+
+        resources = self._resources[spec.role]
+        listens = listen if spec.role == "server" else ()  # everybody else dials
+        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0)
+        return remote(Process).remote(incarnation, spec.role, self._secret, listens, self._max_bytes, os.getcwd())
+
+    def _not_placed(self, late: Sequence[str], seconds: float) -> DistgdError:
+        import ray
+
+        asked = ", ".join(f"{r} {w.cpus:g} CPU {w.gpus:g} GPU" for r, w in self._resources.items())
+        has = "; ".join(
+            f"{n['NodeManagerHostname']} {n['Resources'].get('CPU', 0):g} CPU {n['Resources'].get('GPU', 0):g} GPU"
+            for n in ray.nodes()
+            if n["Alive"]
+        )
+        who = ", ".join(f"{late.count(role)} {role}" for role in sorted(set(late)))
+        do = f"each asks for: {asked}; the nodes have: {has}; lower cluster.workers, cpus or gpus, or add nodes"
+        return DeadlineExceeded.waiting(f"{who} to start", "start", seconds, do)
+
+    def send(self, to: int, message: Any) -> None:
+        """From the driver."""
+        assert self._endpoint is not None
+        self._endpoint.send(to, message)
+
+    def receive(self, timeout: float) -> tuple[int, Any] | None:
+        """What arrives at the driver next, `ProcessLost` among it; None after `timeout` seconds."""
+        assert self._endpoint is not None
+        until = self.now() + timeout
+        while True:
+            if self.now() >= self._looked + POLL:
+                self._look()
+            arrived = self._endpoint.receive(max(0.0, min(POLL, until - self.now())))
+            if arrived is not None:
+                return arrived
+            if self._gone:
+                return self._gone.popleft()
+            if self.now() >= until:
+                return None
+
+    def _look(self) -> None:
+        """See which processes have ended: whatever they sent before has been received or is behind this event."""
+        import ray
+
+        self._looked = self.now()
+        if not self._running:
+            return
+        ended, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        for ref in ended:
+            incarnation = self._running.pop(ref)
+            try:
+                why = str(ray.get(ref))
+            except Exception as error:
+                why = str(error).strip().splitlines()[0]
+            self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
+
+    def close(self) -> None:
+        """End every process of the run, and the cluster where it is private. Safe to call twice, and after errors."""
+        import ray
+
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):
+                ray.wait(list(self._running), num_returns=len(self._running), timeout=PATIENCE if self._running else 0)
+            for actor in self._actors.values():
+                with contextlib.suppress(Exception):
+                    ray.kill(actor, no_restart=True)
+        self._actors.clear()
+        self._running.clear()
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+        if self._private is not None or self._joined:
+            ray.shutdown()
+            self._joined = False
+        if self._private is not None:
+            shutil.rmtree(self._private, ignore_errors=True)
+            self._private = None
+        self._restore_environment()
+
+    def _set_environment(self, **wanted: str) -> None:
+        for name, value in wanted.items():
+            if name not in os.environ:
+                self._environment[name] = None
+                os.environ[name] = value
+
+    def _restore_environment(self) -> None:
+        for name in self._environment:
+            os.environ.pop(name, None)
+        self._environment.clear()
+
+
+def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> dict[int, str]:
+    """How to reach everybody who listens: over ipc on the same Ray node, over tcp elsewhere."""
+    mine = places[me][0]
+    peers = {}
+    for peer, (node, addresses) in places.items():
+        near = [a for a in addresses if a.startswith("ipc")] if node == mine else []
+        far = [a for a in addresses if a.startswith("tcp")]
+        if peer != me and (near or far):
+            peers[peer] = (near or far)[0]
+    return peers
+
+
+def _node_id() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _node_address() -> str:
+    import ray.util
+
+    return str(ray.util.get_node_ip_address())

@@ -1,0 +1,352 @@
+"""The config's sections: what each key means, its type, its default, and which keys exclude one another.
+
+`extra="forbid"`, strict types (true is no number, "4" is no integer, infinity and NaN are refused), frozen. The text
+under a field is its description in `distgd config schema` and `docs/config.md`. `distgd.config.load` is the door: it turns pydantic's
+errors into one `BadInput`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NoReturn, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from distgd.config.text import dump
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[
+    str,
+    Field(
+        pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", json_schema_extra={"expected": "text of letters, digits, . _ -"}
+    ),
+]
+ImportPath = Annotated[
+    str, Field(pattern=r"^[^:\s]+:[^:\s]+$", json_schema_extra={"expected": "text of the form module:Class"})
+]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class _Open(_Section):
+    """A section whose unknown keys belong to somebody else."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The keys that this section does not know itself."""
+        return dict(self.model_extra or {})
+
+
+def _refuse(key: str, expected: str, found: object, do: str) -> NoReturn:
+    raise PydanticCustomError("refused", "refused", {"key": key, "expected": expected, "found": found, "do": do})
+
+
+class Run(_Section):
+    """The run's name, place and seed."""
+
+    name: Name | None = None
+    """The run folder's name; null makes it of the config's name, the date and four random digits."""
+    storage: Text = "runs"
+    """The folder in which run folders are made."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Decides the initial weights, the order of the data and every random number of a slot."""
+
+
+class TaskSection(_Section):
+    """Model, loss and data. `task: digits` is short for `task: {name: digits}`."""
+
+    name: Text | None = None
+    """A built-in task; exactly one of name and path is given."""
+    path: ImportPath | None = None
+    """A class of your own, as module:Class."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the task."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.name is None) == (self.path is None):
+            found = {key: value for key, value in (("name", self.name), ("path", self.path)) if value}
+            _refuse("task", "exactly one of name, path", found, "set task.name=digits or task.path=module:Class")
+        return self
+
+
+class Data(_Section):
+    """Where the training data lies."""
+
+    path: Text | None = None
+    """A file or a folder for tasks that read one; null is the task's own data."""
+
+
+class Batch(_Section):
+    """The global batch of a step and its pieces."""
+
+    size: Count | Literal["full"] = 32
+    """Samples in the global batch of a step; full is the whole training set."""
+    slots: Count | None = None
+    """Pieces that a batch is cut into, whatever the number of workers; decides the bits; null is one a worker."""
+
+    @model_validator(mode="after")
+    def _cut(self) -> Self:
+        if self.slots is not None and self.size != "full" and self.slots > self.size:
+            _refuse("batch.slots", f"at most batch.size={self.size}", self.slots, "a slot holds at least one sample")
+        return self
+
+
+class Stop(_Section):
+    """When the run ends: at least one key is given, and whichever comes first counts."""
+
+    epochs: Count | None = None
+    """Passes over the training data."""
+    steps: Count | None = None
+    """Global batches."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.epochs is None and self.steps is None:
+            _refuse("stop", "at least one of epochs, steps", {}, "set stop.epochs=10")
+        return self
+
+
+class Group(_Open):
+    """Parameters with arguments of their own; all other keys are the optimizer's."""
+
+    match: Text
+    """A pattern on parameter names, such as *.bias; the first group that matches takes the parameter."""
+
+
+class Clip(_Section):
+    """Limits on the gradient's norm."""
+
+    norm: Positive | None = None
+    """Limit on the norm of the step's mean gradient."""
+    slot_norm: Positive | None = None
+    """Limit on the norm of each slot's gradient, before they are added."""
+
+
+class Optimizer(_Open):
+    """The update rule. All other keys are the optimizer's own arguments, such as momentum or betas."""
+
+    name: Text = "sgd"
+    """An elementwise optimizer of torch.optim, such as sgd, adam, adamw or rmsprop."""
+    lr: Positive | None = None
+    """The learning rate; null is torch's default for the optimizer."""
+    groups: Annotated[tuple[Group, ...], Strict(False)] = ()
+    """Parameter groups: a list of {match: PATTERN, lr: ..., ...}."""
+    clip: Clip = Clip()
+    """Limits on the gradient's norm."""
+
+
+class Schedule(_Section):
+    """The learning rate as a function of the step."""
+
+    name: Literal["constant", "step", "exponential", "linear", "cosine", "inverse-sqrt", "one-cycle"] = "constant"
+    """The shape after the warm-up."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises linearly."""
+    steps: Count | None = None
+    """Length of linear, cosine and one-cycle; null is the length of the run."""
+    gamma: Positive | None = None
+    """Factor of step and exponential."""
+    step_size: Count | None = None
+    """Steps between two factors of step."""
+    final: Amount = 0.0
+    """The fraction of the learning rate at the end of linear, cosine and one-cycle."""
+    pct_start: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """The fraction of one-cycle in which the learning rate rises."""
+    div_factor: Positive = 25.0
+    """one-cycle begins at the learning rate divided by this."""
+
+
+class Consistency(_Section):
+    """How servers treat gradients that arrive at different times."""
+
+    mode: Literal["sync", "bounded", "async"] = "sync"
+    """sync: one update a step; bounded: one a slot, within the staleness; async: one a slot, as they come."""
+    staleness: Annotated[int, Field(ge=0)] | None = None
+    """Most updates between the weights read and the weights changed; 2 when unset; only with bounded."""
+    quorum: Count | None = None
+    """Slots that are enough for a step, later ones are dropped; null is all of them; only with sync."""
+    scale_lr: bool = False
+    """Divide the learning rate by the staleness of each gradient; not with sync."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded_is_two(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("mode") == "bounded" and given.get("staleness") is None:
+            return {**given, "staleness": 2}
+        return given
+
+    @model_validator(mode="after")
+    def _fits_mode(self) -> Self:
+        mode = f"consistency.mode={self.mode}"
+        if self.staleness is not None and self.mode != "bounded":
+            _refuse("consistency.staleness", f"null with {mode}", self.staleness, "set consistency.mode=bounded")
+        if self.quorum is not None and self.mode != "sync":
+            _refuse("consistency.quorum", f"null with {mode}", self.quorum, "set consistency.mode=sync")
+        if self.scale_lr and self.mode == "sync":
+            _refuse("consistency.scale_lr", f"false with {mode}", True, "no gradient is stale there")
+        return self
+
+
+class Cluster(_Section):
+    """Processes and machines."""
+
+    backend: Literal["ray", "inprocess"] = "ray"
+    """ray: actors on one or many machines; inprocess: everything on one thread, for debugging."""
+    address: Text | None = None
+    """A running Ray cluster, as host:port or auto; null starts one on this machine; only with ray."""
+    workers: Count = 2
+    """Processes that compute gradients."""
+    servers: Count = 1
+    """Processes that hold the weights, a shard each."""
+    cpus: Amount = 1.0
+    """CPUs that Ray sets aside for a worker."""
+    gpus: Amount = 0.0
+    """GPUs that Ray sets aside for a worker."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; auto is cuda when gpus > 0, else cpu."""
+    threads: Count = 1
+    """Threads of a worker's torch; part of what decides the bits."""
+    start_timeout: Positive | None = None
+    """Seconds that all processes have to start; null is 30 on this machine and 600 by address."""
+    deadline: Positive = 300.0
+    """Seconds without a commit after which the run ends."""
+
+    @property
+    def compute_device(self) -> Literal["cpu", "cuda"]:
+        """`device`, with auto resolved."""
+        if self.device == "auto":
+            return "cuda" if self.gpus > 0 else "cpu"
+        return self.device
+
+    @property
+    def start_seconds(self) -> float:
+        """`start_timeout`, with null resolved."""
+        if self.start_timeout is None:
+            return 30.0 if self.address is None else 600.0
+        return self.start_timeout
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.address is None:
+            return self
+        if self.backend != "ray":
+            _refuse("cluster.address", f"null with cluster.backend={self.backend}", self.address, "remove it")
+        if self.address.startswith("ray://"):
+            do = "Ray Client is not for training; run distgd on a node of the cluster"
+            _refuse("cluster.address", "host:port or auto", self.address, do)
+        return self
+
+
+class Every(_Section):
+    """How often: `{steps: N}`, `{seconds: N}` or `{epochs: N}`."""
+
+    model_config = ConfigDict(json_schema_extra={"expected": "exactly one of {steps: N}, {seconds: N}, {epochs: N}"})
+
+    steps: Count | None = None
+    """After so many steps."""
+    seconds: Positive | None = None
+    """After so many seconds."""
+    epochs: Count | None = None
+    """After so many passes over the data."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = {key: value for key, value in self if value is not None}
+        if len(given) != 1:
+            _refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
+
+
+class Eval(_Section):
+    """Evaluation on held-out data, by an actor of its own; the last version is always evaluated."""
+
+    every: Every = Every(epochs=1)
+    """How often; skipped where the evaluation before still runs."""
+    cpus: Amount = 0.0
+    """CPUs that Ray sets aside for the evaluator."""
+    gpus: Amount = 0.0
+    """GPUs that Ray sets aside for the evaluator."""
+
+
+class Tracking(_Section):
+    """Where metrics go; metrics.jsonl in the run folder is always written and complete."""
+
+    uri: Text = "sqlite:///mlflow.db"
+    """MLflow's store; none turns MLflow off."""
+    experiment: Text = "distgd"
+    """MLflow's experiment."""
+    every: Every | None = None
+    """How often a step is logged to MLflow; null is as often as makes about 1,000 points."""
+
+
+class Config(_Section):
+    """A whole run. Made by `distgd.config.load`; equal configs, seeds and data give equal bits in sync mode."""
+
+    run: Run = Run()
+    task: TaskSection
+    data: Data = Data()
+    batch: Batch = Batch()
+    stop: Stop
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    consistency: Consistency = Consistency()
+    cluster: Cluster = Cluster()
+    eval: Eval = Eval()
+    tracking: Tracking = Tracking()
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _enough_slots(self) -> Self:
+        quorum, slots = self.consistency.quorum, self.batch.slots
+        if quorum is not None and slots is not None and quorum > slots:
+            _refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, "")
+        return self
+
+    def to_yaml(self) -> str:
+        """Every key with its value; `load` reads it back as an equal config."""
+        return dump(self.model_dump(mode="json"))
+
+    def flat(self) -> dict[str, str | int | float | bool | None]:
+        """Dotted keys to scalars, for MLflow's params; lists and empty mappings as JSON text.
+
+        >>> Config(task=TaskSection(name="digits"), stop=Stop(epochs=1)).flat()["batch.size"]
+        32
+        """
+        return dict(_leaves("", self.model_dump(mode="json")))
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, str | int | float | bool | None]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, json.dumps(value) if isinstance(value, list | dict) else value

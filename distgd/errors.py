@@ -1,0 +1,75 @@
+"""The error tree. A message says what was expected, what was found, and what to do.
+
+    DistgdError                 exit 1
+    ├── BadInput                exit 2    a config, a file or a task that cannot be used; nothing was started
+    ├── RunFailed               exit 1    the run began and could not go on
+    │   ├── DeadlineExceeded    exit 1    a wait ended: who was waited for, in which phase, since when
+    │   └── ProcessLost         exit 1    a process that the run cannot do without is gone
+    ├── Diverged                exit 3    a loss or a gradient stopped being finite
+    └── Interrupted             exit 130  Ctrl-C or SIGTERM
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DistgdError(Exception):
+    """The root of the tree.
+
+    `exit_code` is what the command line ends with. `result` is the run's `Result` where one exists, else None.
+    """
+
+    exit_code = 1
+    status = "failed"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.result: Any = None
+
+
+class BadInput(DistgdError):
+    """Something that the user gave cannot be used. Nothing was started and nothing was written."""
+
+    exit_code = 2
+    status = "bad_input"
+
+    @classmethod
+    def at(cls, key: str, expected: str, found: object, do: str = "") -> BadInput:
+        """The one form of a message about a config key.
+
+        >>> str(BadInput.at("batch.size", "a number >= 1", 0, "set batch.size=64"))
+        'batch.size: expected a number >= 1, found 0; set batch.size=64'
+        """
+        return cls(f"{key}: expected {expected}, found {found!r}" + (f"; {do}" if do else ""))
+
+
+class RunFailed(DistgdError):
+    """The run began and could not go on. What was committed before stays in the run folder."""
+
+
+class DeadlineExceeded(RunFailed):
+    """A wait ended before what it waited for came."""
+
+    @classmethod
+    def waiting(cls, who: str, phase: str, seconds: float, do: str = "") -> DeadlineExceeded:
+        """Name who was waited for, in which phase, and for how long."""
+        return cls(f"{phase}: waited {seconds:.0f} s for {who}" + (f"; {do}" if do else ""))
+
+
+class ProcessLost(RunFailed):
+    """A process that the run cannot do without is gone."""
+
+
+class Diverged(DistgdError):
+    """A loss or a gradient stopped being finite; the step and the slot are in the message."""
+
+    exit_code = 3
+    status = "diverged"
+
+
+class Interrupted(DistgdError):
+    """Ctrl-C or SIGTERM: everything was stopped and the processes are gone."""
+
+    exit_code = 130
+    status = "interrupted"

@@ -1,0 +1,104 @@
+"""The evaluator: reads a snapshot and reports the metrics of the whole evaluation set. Workers do not wait for it.
+
+One evaluation at a time; the driver counts those that it skips because the one before still runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from distgd import events as ev
+from distgd.layout import Slice
+from distgd.replica import Array, Replica
+from distgd.shard import ShardRules
+from distgd.sources import Source, open_source
+from distgd.worker import TaskSource
+
+
+@dataclass(frozen=True)
+class EvaluatorSpec:
+    """All that an evaluator is made of. `batch` is samples per forward pass; it does not change the result's meaning."""
+
+    rules: ShardRules
+    incarnation: int
+    slices: tuple[Slice, ...]
+    task: TaskSource
+    seed: int
+    frozen: dict[str, Array]
+    device: str
+    threads: int
+    batch: int
+
+    role = "evaluator"
+
+    def build(self, clock: Callable[[], float]) -> Evaluator:
+        """Build model and evaluation data."""
+        torch.set_num_threads(self.threads)
+        task = self.task.load()
+        replica = Replica(task, self.seed, self.device, self.frozen)
+        return Evaluator(self, replica, open_source(task.eval_data()), clock)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A whole pass is done."""
+
+    timeline: int
+    number: int
+    version: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Evaluator:
+    """The state machine; `perform` makes the pass."""
+
+    def __init__(self, spec: EvaluatorSpec, replica: Replica, source: Source, clock: Callable[[], float]) -> None:
+        self.spec = spec
+        self._replica = replica
+        self._source = source
+        self._clock = clock
+        self._timeline = spec.rules.timeline
+        self._number = -1
+        self._parts: dict[int, ev.SnapshotSent] = {}
+
+    def handle(self, source: int, event: Any) -> list[ev.Effect]:
+        """Take one message, or this process's own `Scored`."""
+        if event.timeline != self._timeline:
+            return []
+        match event:
+            case ev.Stop() | ev.Fenced():
+                return [ev.End("stopped")]
+            case ev.StatusRequested():
+                return [ev.Send(source, ev.StatusSent(self._timeline, f"evaluates snapshot {self._number}"))]
+            case ev.Evaluate():
+                self._number, self._parts = event.number, {}
+                pull = ev.SnapshotPulled(self._timeline, event.number)
+                return [ev.Send(shard, pull) for shard in self.spec.rules.incarnations]
+            case ev.SnapshotSent() if event.number == self._number:
+                self._parts[event.shard] = event
+                whole = len(self._parts) == len(self.spec.slices)
+                return [ev.Compute(dict(self._parts))] if whole else []
+            case Scored():
+                return [ev.Send(ev.DRIVER, ev.Evaluated(self._timeline, *_fields(event)))]
+            case _:
+                return []
+
+    def perform(self, work: dict[int, ev.SnapshotSent]) -> Scored:
+        """Install the snapshot and pass over the whole set."""
+        began = self._clock()
+        for part in self.spec.slices:
+            self._replica.flat[part.start : part.stop].copy_(torch.from_numpy(work[part.index].weights))
+        if work[0].buffers is not None:
+            self._replica.buffers = work[0].buffers
+        metrics = self._replica.evaluate(self._source, self.spec.batch)
+        version = max(part.version for part in work.values())
+        return Scored(self._timeline, work[0].number, version, metrics, self._clock() - began)
+
+
+def _fields(done: Scored) -> tuple[int, int, dict[str, float], float]:
+    return done.number, done.version, done.metrics, done.seconds

@@ -1,0 +1,390 @@
+"""What processes tell one another: events in the past tense, commands in the imperative, all frozen and all data.
+
+A message names the timeline that it belongs to; its sender's incarnation is established by the transport and handed to
+`handle(source, event)` beside it. Arrays are numpy arrays; everything else is a scalar, a string or a tuple of them, so
+that a message can be written as JSON plus raw bytes and nothing is ever unpickled. What a class leaves out on purpose
+is said in its docstring.
+
+Steps are numbered from 0 over the whole run, versions count updates (sync: one a step; bounded and async: one a slot).
+Ranges of slots are `first` inclusive, `stop` exclusive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+DRIVER = 0
+"""The driver's incarnation in the run's first timeline."""
+
+
+# What one slot did. Carried by pushes to shard 0 (sync) or by the end of a lease (bounded, async).
+
+
+@dataclass(frozen=True, slots=True)
+class SlotStats:
+    """One slot's contribution: `loss` is the mean over `weight`, `squared_norm` that of its mean gradient."""
+
+    slot: int
+    samples: int
+    weight: float
+    loss: float
+    squared_norm: float
+    seconds: float
+
+
+# Driver to everybody.
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipChanged:
+    """Who lives, and who computes what. The highest `number` wins; an older one is ignored.
+
+    `live` holds every live incarnation and `newest` the highest ever started. `table[k]` is the incarnation that
+    computes slot k (sync only, else empty).
+    """
+
+    timeline: int
+    number: int
+    live: frozenset[int]
+    newest: int
+    table: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the process. Nothing that was pushed and not committed survives."""
+
+    timeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusRequested:
+    """The driver asks what a process is doing."""
+
+    timeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatusSent:
+    """What a process is doing, in words for an error message."""
+
+    timeline: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReady:
+    """A process is built and waits. `facts` are for the record: pid, host, device."""
+
+    timeline: int
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFailed:
+    """A process ends because of an error. `kind` names a class of `distgd.errors`."""
+
+    timeline: int
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessLost:
+    """Made by the cluster, never sent: an incarnation is gone, confirmed."""
+
+    incarnation: int
+    why: str
+
+
+# Workers and shards.
+
+
+@dataclass(frozen=True, slots=True)
+class PullRequested:
+    """Send a version of at least `at_least`; a `lease` (bounded, async) opens a read for (step, slot).
+
+    `buffers` is the version of the model's buffers that the reader holds already.
+    """
+
+    timeline: int
+    at_least: int
+    buffers: int
+    lease: int = -1
+    step: int = -1
+    slot: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsSent:
+    """One shard's weights at `version`. `buffers` come from shard 0 alone, and only where the reader's are older."""
+
+    timeline: int
+    shard: int
+    version: int
+    lease: int
+    buffers_version: int
+    weights: np.ndarray[Any, Any]
+    buffers: np.ndarray[Any, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GradientArrived:
+    """One shard's slice of the sum of S_k over slots [first, stop), S_k = w_k times the mean gradient of slot k.
+
+    `version` is the version read from this shard. `gradient` is None where every slot of the range is empty. `bad` are
+    the slots whose loss or gradient is not finite. `stats`, `times` (seconds by phase) and `buffers` go to shard 0 only.
+    """
+
+    timeline: int
+    step: int
+    attempt: int
+    first: int
+    stop: int
+    version: int
+    weight: float
+    bad: tuple[int, ...]
+    lease: int
+    gradient: np.ndarray[Any, Any] | None
+    buffers: np.ndarray[Any, Any] | None
+    stats: tuple[SlotStats, ...] = ()
+    times: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PushAnswered:
+    """What became of a lease's push on one shard: applied, covered or gone (bounded, async).
+
+    `seconds` is the time that the shard took to apply it.
+    """
+
+    timeline: int
+    shard: int
+    lease: int
+    outcome: str
+    staleness: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """The receiver is not among the living any more and ends."""
+
+    timeline: int
+
+
+# Shards among themselves (sync).
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFilled:
+    """Shard `shard` holds `slots` of the step, `bad` among them; `squares` are sums of squares per block of the mean.
+
+    `squares` is None unless the global norm is needed.
+    """
+
+    timeline: int
+    shard: int
+    step: int
+    attempt: int
+    slots: tuple[int, ...]
+    bad: tuple[int, ...]
+    squares: np.ndarray[Any, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Shard 0 proposes a set of slots and asks for its norm (quorum with a clipped global norm)."""
+
+    timeline: int
+    step: int
+    attempt: int
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The step's one decision. `snapshots` are the numbers to be taken of the version that it makes."""
+
+    timeline: int
+    step: int
+    slots: tuple[int, ...]
+    apply: bool
+    clip: float
+    snapshots: tuple[int, ...]
+
+
+# Shards and the driver.
+
+
+@dataclass(frozen=True, slots=True)
+class StepCommitted:
+    """Shard 0 committed a step. `times` maps a worker's incarnation to its seconds by phase."""
+
+    timeline: int
+    step: int
+    applied: bool
+    slots: tuple[int, ...]
+    bad: tuple[int, ...]
+    stats: tuple[SlotStats, ...]
+    times: dict[int, dict[str, float]]
+    late: int
+    norm: float | None
+    clip: float
+    apply_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseExpired:
+    """A lease ended otherwise than applied everywhere: close its read, drop its held push."""
+
+    timeline: int
+    worker: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeSnapshot:
+    """Copy the first version that is at least `version` (the last at most). Sync: sent to shard 0 alone."""
+
+    timeline: int
+    number: int
+    version: int
+
+
+# Leases (bounded, async): workers and the driver.
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRequested:
+    """A worker has room for one more slot."""
+
+    timeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    """Compute slot `slot` of step `step`."""
+
+    timeline: int
+    lease: int
+    step: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseEnded:
+    """Every shard has answered. `outcome` is applied, or gone where a shard refused; `staleness` is by shard."""
+
+    timeline: int
+    lease: int
+    step: int
+    slot: int
+    outcome: str
+    bad: bool
+    staleness: tuple[int, ...]
+    stats: SlotStats
+    times: dict[str, float]
+
+
+# Evaluation.
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Evaluate snapshot `number`."""
+
+    timeline: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotPulled:
+    """Send snapshot `number` as soon as it exists."""
+
+    timeline: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotSent:
+    """One shard's slice of snapshot `number`, taken at `version`; `buffers` come from shard 0 alone."""
+
+    timeline: int
+    number: int
+    shard: int
+    version: int
+    weights: np.ndarray[Any, Any]
+    buffers: np.ndarray[Any, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The metrics of snapshot `number` over the whole evaluation set."""
+
+    timeline: int
+    number: int
+    version: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+MESSAGES: tuple[type, ...] = (
+    SlotStats,
+    MembershipChanged,
+    Stop,
+    StatusRequested,
+    StatusSent,
+    ProcessReady,
+    ProcessFailed,
+    PullRequested,
+    WeightsSent,
+    GradientArrived,
+    PushAnswered,
+    Fenced,
+    ShardFilled,
+    Measure,
+    Commit,
+    StepCommitted,
+    LeaseExpired,
+    TakeSnapshot,
+    LeaseRequested,
+    LeaseGranted,
+    LeaseEnded,
+    Evaluate,
+    SnapshotPulled,
+    SnapshotSent,
+    Evaluated,
+)
+"""Every kind that crosses a process boundary."""
+
+
+# Effects: what a state machine asks its host to do.
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send `message` to incarnation `to`."""
+
+    to: int
+    message: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """Do the work that takes time, then feed what `perform` returns back to `handle`."""
+
+    work: Any
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The process is done."""
+
+    why: str
+
+
+Effect = Send | Compute | End

@@ -1,0 +1,151 @@
+"""A cluster on one thread, in virtual time: the debugger, the test bed, and the simulator of stragglers.
+
+The same server, worker and evaluator classes as on Ray, over the in-memory twin of the transport. Every message takes a
+delay drawn from a seed; messages between one pair keep their order, as on a socket. A process that computes handles
+nothing until it is done. The arithmetic is real, the durations are not: a slot takes `pace(worker)` virtual seconds.
+
+Break-points work: `cluster.backend=inprocess`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from distgd import events as ev
+from distgd.cluster import Actor, Spec
+from distgd.transport import Envelope, InMemoryNetwork
+
+LATENCY = (50e-6, 150e-6)  # virtual seconds a message takes
+SLOT_SECONDS = 1e-3  # virtual seconds that a slot takes where nothing else is said
+
+
+@dataclass
+class _Process:
+    actor: Actor
+    inbox: deque[tuple[int, Any]] = field(default_factory=deque)
+    work: deque[Any] = field(default_factory=deque)  # what it is to compute, in order
+    busy: bool = False
+
+
+class InProcessCluster:
+    """Processes as objects, a heap of things to come instead of a network.
+
+    Args:
+        seed: of the delays; the same seed gives the same run, event by event.
+        pace: virtual seconds per slot, by incarnation.
+        lose: when an incarnation dies, in virtual seconds.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        pace: Callable[[int], float] = lambda incarnation: SLOT_SECONDS,
+        lose: Mapping[int, float] | None = None,
+    ) -> None:
+        self._random = random.Random(seed)
+        self._pace = pace
+        self._now = 0.0
+        self._order = itertools.count()
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._last_delivery: dict[tuple[int, int], float] = {}
+        self._network = InMemoryNetwork(self._sent)
+        self._driver = self._network.endpoint(ev.DRIVER)
+        self._endpoints: dict[int, Any] = {}
+        self._processes: dict[int, _Process] = {}
+        self._threads = torch.get_num_threads()
+        for incarnation, at in (lose or {}).items():
+            self._at(at, lambda gone=incarnation: self._die(gone))  # type: ignore[misc]
+
+    def now(self) -> float:
+        """Virtual seconds."""
+        return self._now
+
+    def spawn(self, specs: Mapping[int, Spec]) -> None:
+        """Build processes by incarnation; each reports that it is ready."""
+        for incarnation, spec in specs.items():
+            self._endpoints[incarnation] = self._network.endpoint(incarnation)
+            self._processes[incarnation] = _Process(spec.build(self.now))
+            ready = ev.ProcessReady(spec.rules.timeline, {"device": "this process"})
+            self._endpoints[incarnation].send(ev.DRIVER, ready)
+
+    def send(self, to: int, message: Any) -> None:
+        """From the driver."""
+        self._driver.send(to, message)
+
+    def receive(self, timeout: float) -> tuple[int, Any] | None:
+        """Let time pass until something arrives at the driver; None where nothing ever will."""
+        while (arrived := self._driver.receive(0.0)) is None:
+            if not self._heap:
+                return None
+            self._now, _, happen = heapq.heappop(self._heap)
+            happen()
+        return arrived
+
+    def close(self) -> None:
+        """Drop every process."""
+        self._processes.clear()
+        self._heap.clear()
+        torch.set_num_threads(self._threads)
+
+    def _at(self, time: float, happen: Callable[[], None]) -> None:
+        heapq.heappush(self._heap, (time, next(self._order), happen))
+
+    def _sent(self, envelope: Envelope) -> None:
+        pair = (envelope.source, envelope.destination)
+        arrives = max(self._now + self._random.uniform(*LATENCY), self._last_delivery.get(pair, 0.0))
+        self._last_delivery[pair] = arrives
+        self._at(arrives, lambda: self._deliver(envelope))
+
+    def _deliver(self, envelope: Envelope) -> None:
+        self._network.put(envelope)
+        process = self._processes.get(envelope.destination)
+        if process is None:
+            return
+        while (arrived := self._endpoints[envelope.destination].receive(0.0)) is not None:
+            process.inbox.append(arrived)
+        self._turn(envelope.destination)
+
+    def _turn(self, incarnation: int) -> None:
+        """Let a process that does not compute handle what has arrived, then start its next work."""
+        process = self._processes.get(incarnation)
+        if process is None or process.busy:
+            return
+        while process.inbox and incarnation in self._processes:
+            source, message = process.inbox.popleft()
+            self._do(incarnation, process.actor.handle(source, message))
+        if process.work and incarnation in self._processes:
+            process.busy = True
+            done = process.actor.perform(process.work.popleft())
+            self._at(self._now + self._pace(incarnation), lambda: self._finish(incarnation, done))
+
+    def _finish(self, incarnation: int, done: Any) -> None:
+        process = self._processes.get(incarnation)
+        if process is None:
+            return
+        process.busy = False
+        self._do(incarnation, process.actor.handle(incarnation, done))
+        self._turn(incarnation)
+
+    def _do(self, incarnation: int, effects: list[ev.Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case ev.Send(to, message):
+                    self._endpoints[incarnation].send(to, message)
+                case ev.Compute(work):
+                    self._processes[incarnation].work.append(work)
+                case ev.End():
+                    self._processes.pop(incarnation, None)
+                    return
+
+    def _die(self, incarnation: int) -> None:
+        if self._processes.pop(incarnation, None) is not None:
+            lost = ev.ProcessLost(incarnation, "lost by plan")
+            self._network.put(Envelope(incarnation, ev.DRIVER, lost, next(self._order)))

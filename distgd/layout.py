@@ -1,0 +1,209 @@
+"""How named parameters map to one flat vector, and that vector to shards.
+
+Each tensor starts at a multiple of `ALIGN` elements, with zeros between, and shards are cut at multiples of `ALIGN`. So
+an elementwise optimizer that gets one tensor per (tensor, shard) piece steps in the same vector lanes however many
+shards there are, and its bits do not depend on the cut. Norms are sums of squares per block of `ALIGN` elements in
+float64, added in block order: a number that no cut changes.
+
+Nothing here knows who the servers are. Buffers (BatchNorm's) travel as one vector of bytes beside the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distgd.errors import BadInput
+
+ALIGN = 64
+"""Elements; 256 bytes of float32, a multiple of every vector width and cache line in use."""
+
+_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor's place in the flat vector, in elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one tensor that lies in one shard: `start` counts from the shard's first element."""
+
+    name: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A shard's part of the flat vector, [start, stop), and the pieces of tensors in it."""
+
+    index: int
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Trainable parameters in one vector of `size` elements of one float dtype.
+
+    >>> layout = Layout.of([("w", (3, 5)), ("b", (5,))], "float32")
+    >>> layout.size, [(e.name, e.start) for e in layout.entries]
+    (128, [('w', 0), ('b', 64)])
+    """
+
+    entries: tuple[Entry, ...]
+    size: int
+    dtype: str
+
+    @classmethod
+    def of(cls, shapes: Iterable[tuple[str, tuple[int, ...]]], dtype: str) -> Layout:
+        """Place tensors one after the other, each at the next multiple of `ALIGN`."""
+        entries, at = [], 0
+        for name, shape in shapes:
+            entries.append(Entry(name, tuple(shape), at))
+            at += -(-prod(shape) // ALIGN) * ALIGN
+        return cls(tuple(entries), at, dtype)
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Layout:
+        """Place the trainable parameters of `model`; a tied parameter once, under its first name.
+
+        Raises:
+            BadInput: no trainable parameter, a dtype other than float32 or float64, several dtypes, or two parameters
+                that share memory without being the same parameter.
+        """
+        parameters = trainable(model)
+        if not parameters:
+            raise BadInput("task.model: expected at least one trainable parameter, found none; set requires_grad=True")
+        for name, parameter in parameters.items():
+            if parameter.dtype not in _DTYPES:
+                raise BadInput.at(f"parameter {name}", "float32 or float64", str(parameter.dtype), "call model.float()")
+        dtypes = {parameter.dtype: name for name, parameter in parameters.items()}
+        if len(dtypes) > 1:
+            found = ", ".join(f"{name} {_DTYPES[dtype]}" for dtype, name in dtypes.items())
+            raise BadInput(f"parameters: expected one dtype, found {found}; call model.float() or model.double()")
+        _refuse_overlap(parameters)
+        return cls.of(((n, tuple(p.shape)) for n, p in parameters.items()), _DTYPES[next(iter(dtypes))])
+
+    @property
+    def count(self) -> int:
+        """Parameters, without the zeros between them."""
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return next(dtype for dtype, name in _DTYPES.items() if name == self.dtype)
+
+    @property
+    def itemsize(self) -> int:
+        return int(np.dtype(self.dtype).itemsize)
+
+    def slices(self, shards: int) -> tuple[Slice, ...]:
+        """Cut the vector for `shards` servers, at multiples of `ALIGN`, in parts that differ by one block at most."""
+        blocks = self.size // ALIGN
+        cuts = [blocks * i // shards * ALIGN for i in range(shards + 1)]
+        return tuple(
+            Slice(i, lo, hi, self._pieces(lo, hi)) for i, (lo, hi) in enumerate(zip(cuts, cuts[1:], strict=False))
+        )
+
+    def _pieces(self, lo: int, hi: int) -> tuple[Piece, ...]:
+        parts = ((e.name, max(e.start, lo), min(e.start + e.size, hi)) for e in self.entries)
+        return tuple(Piece(name, first - lo, stop - first) for name, first, stop in parts if first < stop)
+
+    def zeros(self) -> Tensor:
+        """A flat vector of zeros, [size]."""
+        return torch.zeros(self.size, dtype=self.torch_dtype)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors inside `flat` ([size]), without copies."""
+        return {e.name: flat[e.start : e.start + e.size].view(e.shape) for e in self.entries}
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy named tensors into a new flat vector, [size]."""
+        flat = self.zeros()
+        for name, view in self.views(flat).items():
+            view.copy_(tensors[name].detach())
+        return flat
+
+    def adopt(self, model: nn.Module, flat: Tensor) -> None:
+        """Make the model's trainable parameters views of `flat`; their former values are dropped."""
+        views = self.views(flat)
+        for name, parameter in trainable(model).items():
+            parameter.data = views[name]
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that take a gradient, by their first name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _refuse_overlap(parameters: Mapping[str, nn.Parameter]) -> None:
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), n) for n, p in parameters.items())
+    for (_, stop, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if start < stop:
+            raise BadInput(
+                f"parameters {one} and {other}: expected separate memory, found that they overlap; "
+                "tie weights by assigning the same Parameter object to both places"
+            )
+
+
+def block_squares(flat: Tensor) -> Tensor:
+    """Sums of squares of blocks of `ALIGN` elements, float64, [size / ALIGN]; `flat` is a multiple of `ALIGN` long."""
+    return torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1, dtype=torch.float64).square_()
+
+
+def squared_norm(blocks: Tensor) -> float:
+    """Add `block_squares` in block order: the same number for every way to cut the vector."""
+    return float(np.add.accumulate(blocks.numpy())[-1]) if blocks.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+    """A model's buffers as one vector of bytes; (name, dtype, shape, first byte) each, 8-byte aligned."""
+
+    entries: tuple[tuple[str, str, tuple[int, ...], int], ...]
+    size: int
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> BufferLayout:
+        """Place every buffer of `model` in its own order."""
+        entries, at = [], 0
+        for name, buffer in model.named_buffers():
+            entries.append((name, str(buffer.dtype), tuple(buffer.shape), at))
+            at += -(-buffer.numel() * buffer.element_size() // 8) * 8
+        return cls(tuple(entries), at)
+
+    def pack(self, model: nn.Module) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+        """Copy the buffers of `model` to bytes, [size]."""
+        out = torch.zeros(self.size, dtype=torch.uint8)
+        for (_, _, _, at), buffer in zip(self.entries, model.buffers(), strict=True):
+            raw = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            out[at : at + raw.numel()].copy_(raw)
+        return out.numpy()
+
+    def unpack(self, packed: np.ndarray[tuple[int], np.dtype[np.uint8]], model: nn.Module) -> None:
+        """Write bytes from `pack` back into the buffers of `model`."""
+        raw = torch.from_numpy(packed.copy())
+        for (_, _, shape, at), buffer in zip(self.entries, model.buffers(), strict=True):
+            size = buffer.numel() * buffer.element_size()
+            buffer.data.copy_(raw[at : at + size].view(buffer.dtype).view(shape))

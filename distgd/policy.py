@@ -1,0 +1,381 @@
+"""What an arriving gradient does: apply, hold or drop. Events in, decisions out.
+
+A policy knows slots, versions and who asked for what. It knows no tensor's value, no clock and no network, so that it
+can be tested by lists of events. Two exist: `Staged` (sync mode, invariant 3 of the design: stage, then commit) and
+`Immediate` (bounded staleness, invariant 12, and async, which is bounded staleness without a bound).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from distgd.reduce import Node
+
+# Events.
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A gradient is here: `key` is its node of the tree (sync) or (incarnation, lease)."""
+
+    key: tuple[int, int]
+    step: int
+    slots: Node
+    attempt: int = 0
+    version: int = 0
+    bad: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A worker reads in order to compute the slot (step, slot)."""
+
+    key: tuple[int, int]
+    step: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """A lease ended otherwise than applied everywhere."""
+
+    key: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A shard reports which slots of the step it holds; after a `Propose`, exactly those, with their norm."""
+
+    shard: int
+    step: int
+    attempt: int
+    slots: frozenset[int]
+    bad: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """Shard 0's decision for a step."""
+
+    step: int
+    slots: frozenset[int]
+    apply: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A step is to be computed again under a higher attempt number."""
+
+    step: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survived:
+    """These incarnations live; every other one is gone."""
+
+    live: frozenset[int]
+
+
+Event = Arrived | Opened | Closed | Filled | Decided | Withdrawn | Survived
+
+# Decisions.
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Keep the gradient of `key`."""
+
+    key: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget the gradient of `key`: covered, late, withdrawn or gone."""
+
+    key: tuple[int, int]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Tell shard 0 that these slots are here."""
+
+    step: int
+    attempt: int
+    slots: frozenset[int]
+    bad: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Propose:
+    """Ask every shard for the norm over these slots."""
+
+    step: int
+    attempt: int
+    slots: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """Every shard holds these slots: this is the step. `apply` is False where one of them is not finite."""
+
+    step: int
+    slots: frozenset[int]
+    bad: frozenset[int]
+    apply: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyStep:
+    """Add these slots in the tree's order and step with their mean, or skip the step."""
+
+    step: int
+    slots: frozenset[int]
+    apply: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyPush:
+    """Step with the gradient of `key` alone, or count it without effect where it is not finite."""
+
+    key: tuple[int, int]
+    staleness: int
+    apply: bool
+
+
+Decision = Hold | Drop | Report | Propose | Decide | ApplyStep | ApplyPush
+
+
+class Policy(Protocol):
+    """One shard's rule."""
+
+    def handle(self, event: Event) -> list[Decision]:
+        """Take one event and say what to do, in order."""
+        ...
+
+
+class Staged:
+    """Sync: gradients of a step gather, and one decision for all shards applies them.
+
+    A step is decided by shard 0 when every shard holds the same `quorum` slots of `slots`. In a shard, a push whose
+    slots are covered is ignored; one that covers smaller ones takes their place while the tree is not full. With
+    `quorum` below `slots` each slot is a push of its own. `measure` says that the norm of the decided slots is needed:
+    a report of all slots carries it, under a quorum it takes one more round.
+    """
+
+    def __init__(self, *, slots: int, quorum: int, shards: int, measure: bool) -> None:
+        self.version = 0  # the step that gathers now
+        self.slots = slots
+        self.quorum = quorum
+        self.shards = shards
+        self.measure = measure
+        self._clear(attempt=0)
+
+    def _clear(self, attempt: int) -> None:
+        self.attempt = attempt
+        self.nodes: dict[Node, frozenset[int]] = {}  # what is staged; disjoint; each with its bad slots
+        self.filled: dict[int, Filled] = {}  # shard 0: the last report of each shard, of this step and attempt
+        self.proposal: frozenset[int] | None = None  # shard 0: the slots whose norm was asked for
+        self.measured: set[int] = set()  # shard 0: who has answered with that norm
+        self.decision: Decided | None = None  # the decision for this step, once it is known
+
+    def handle(self, event: Event) -> list[Decision]:
+        match event:
+            case Arrived():
+                return self._arrived(event)
+            case Filled():
+                return self._filled(event)
+            case Decided():
+                return self._decided(event)
+            case Withdrawn():
+                return self._withdrawn(event)
+            case _:
+                return []
+
+    @property
+    def held(self) -> frozenset[int]:
+        """The slots that are here."""
+        return frozenset(k for node in self.nodes for k in range(*node))
+
+    def _arrived(self, push: Arrived) -> list[Decision]:
+        if push.step != self.version:
+            return [Drop(push.key, "late")]
+        if push.attempt != self.attempt:
+            return [Drop(push.key, "withdrawn")]
+        first, stop = push.slots
+        inner = [node for node in self.nodes if first <= node[0] and node[1] <= stop]
+        outer = any(node[0] <= first and stop <= node[1] for node in self.nodes)
+        if outer or sum(b - a for a, b in inner) == stop - first:
+            return [Drop(push.key, "covered")]
+        for node in inner:
+            del self.nodes[node]
+        self.nodes[push.slots] = push.bad
+        replaced: list[Decision] = [Drop(node, "covered") for node in inner]
+        return [*replaced, Hold(push.key), *self._report(), *self._settle()]
+
+    def _report(self) -> list[Decision]:
+        held = self.held
+        if len(held) < self.quorum:
+            return []
+        bad = frozenset(k for slots in self.nodes.values() for k in slots)
+        return [Report(self.version, self.attempt, held, bad)]
+
+    def _filled(self, report: Filled) -> list[Decision]:
+        if report.step != self.version or report.attempt != self.attempt or self.decision:
+            return []
+        if self.proposal is None:
+            return self._gathered(report)
+        if report.slots == self.proposal:
+            self.measured.add(report.shard)
+        return self._decide(self.proposal) if len(self.measured) == self.shards else []
+
+    def _gathered(self, report: Filled) -> list[Decision]:
+        before = self.filled.get(report.shard)
+        if before is None or len(report.slots) > len(before.slots):
+            self.filled[report.shard] = report
+        if len(self.filled) < self.shards:
+            return []
+        common = frozenset.intersection(*(f.slots for f in self.filled.values()))
+        if len(common) < self.quorum:
+            return []
+        if self.measure and self.quorum < self.slots:
+            self.proposal = common
+            return [Propose(self.version, self.attempt, common)]
+        return self._decide(common)
+
+    def _decide(self, slots: frozenset[int]) -> list[Decision]:
+        bad = frozenset.union(*(f.bad for f in self.filled.values())) & slots
+        return [Decide(self.version, slots, bad, apply=not bad)]
+
+    def _decided(self, decided: Decided) -> list[Decision]:
+        if decided.step != self.version or self.decision:
+            return []
+        self.decision = decided
+        return self._settle()
+
+    def _settle(self) -> list[Decision]:
+        decided = self.decision
+        if decided is None or not decided.slots <= self.held:
+            return []
+        self._clear(attempt=0)
+        self.version += 1
+        return [ApplyStep(decided.step, decided.slots, decided.apply)]
+
+    def _withdrawn(self, event: Withdrawn) -> list[Decision]:
+        if event.step != self.version or event.attempt <= self.attempt or self.decision:
+            return []
+        dropped: list[Decision] = [Drop(node, "withdrawn") for node in self.nodes]
+        self._clear(event.attempt)
+        return dropped
+
+
+class Applied:
+    """The set of (step, slot) that a shard has applied, kept small: whole steps below a mark are only counted.
+
+    `filled(step)` is the number of slots of a step that hold samples.
+    """
+
+    def __init__(self, filled: Callable[[int], int]) -> None:
+        self._filled = filled
+        self._mark = 0
+        self._partial: dict[int, set[int]] = {}
+
+    def __contains__(self, slot: tuple[int, int]) -> bool:
+        return slot[0] < self._mark or slot[1] in self._partial.get(slot[0], ())
+
+    def add(self, step: int, slot: int) -> None:
+        """Count a slot; a step whose every slot is in moves the mark once all before it are."""
+        self._partial.setdefault(step, set()).add(slot)
+        while len(self._partial.get(self._mark, ())) == self._filled(self._mark):
+            del self._partial[self._mark]
+            self._mark += 1
+
+
+class Immediate:
+    """Bounded staleness and async: every slot is an update of its own.
+
+    With a bound s, an arrived push is applied only if every read still open could then be applied too, oldest read
+    first, within s; otherwise it waits. With at most s + 1 slots under way in the whole run this never deadlocks and no
+    update is staler than s. A read belongs to a lease: asked for twice it keeps its first version, and for a slot that
+    is applied already none is opened. A slot that is applied is never applied again.
+
+    Args:
+        bound: s in updates, None for async.
+        filled: the number of slots of a step that hold samples; the others are never pushed.
+    """
+
+    def __init__(self, *, bound: int | None, filled: Callable[[int], int]) -> None:
+        self.version = 0
+        self.bound = bound
+        self.reads: dict[tuple[int, int], int] = {}  # open reads: the version each lease saw
+        self.held: dict[tuple[int, int], Arrived] = {}  # waiting pushes, in order of arrival; each has an open read
+        self.expired: set[tuple[int, int]] = set()  # leases that ended otherwise; they open no read again
+        self.applied = Applied(filled)
+
+    def handle(self, event: Event) -> list[Decision]:
+        match event:
+            case Opened():
+                return self._opened(event)
+            case Arrived():
+                return self._arrived(event)
+            case Closed():
+                return self._closed(event.key)
+            case Survived():
+                return self._survived(event.live)
+            case _:
+                return []
+
+    def _opened(self, read: Opened) -> list[Decision]:
+        if read.key in self.expired:
+            return [Drop(read.key, "gone")]
+        if (read.step, read.slot) not in self.applied:
+            self.reads.setdefault(read.key, self.version)
+        return []
+
+    def _arrived(self, push: Arrived) -> list[Decision]:
+        if (push.step, push.slots[0]) in self.applied:
+            self.reads.pop(push.key, None)
+            return [Drop(push.key, "covered"), *self._release()]
+        if push.key in self.held:
+            return []
+        if push.key not in self.reads:
+            return [Drop(push.key, "gone")]
+        self.held[push.key] = push
+        return [Hold(push.key), *self._release()]
+
+    def _closed(self, key: tuple[int, int]) -> list[Decision]:
+        self.expired.add(key)
+        self.reads.pop(key, None)
+        dropped: list[Decision] = [Drop(key, "gone")] if self.held.pop(key, None) else []
+        return [*dropped, *self._release()]
+
+    def feasible(self, key: tuple[int, int]) -> bool:
+        """Whether every other open read can still be applied within the bound after the push of `key`."""
+        if self.bound is None:
+            return True
+        rest = sorted(version for other, version in self.reads.items() if other != key)
+        return all(self.version + 1 + place - version <= self.bound for place, version in enumerate(rest))
+
+    def _release(self) -> list[Decision]:
+        decisions: list[Decision] = []
+        while key := next((k for k in self.held if self.feasible(k)), None):
+            push = self.held.pop(key)
+            slot = (push.step, push.slots[0])
+            read = self.reads.pop(key)
+            if slot in self.applied:
+                decisions.append(Drop(key, "covered"))
+                continue
+            decisions.append(ApplyPush(key, self.version - read, apply=not push.bad))
+            self.applied.add(*slot)
+            self.version += 1
+        return decisions
+
+    def _survived(self, live: frozenset[int]) -> list[Decision]:
+        decisions: list[Decision] = []
+        for key in [k for k in self.reads if k[0] not in live]:
+            decisions += self._closed(key)
+        self.expired = {key for key in self.expired if key[0] in live}
+        return decisions

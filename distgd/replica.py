@@ -1,0 +1,168 @@
+"""A model with its data: the mean gradient of one slot, or the metrics of a whole set.
+
+The gradient of slot k of step t is a pure function of (weights, buffers, task, seed, t, k): buffers start every slot at
+their committed value, and torch, numpy and random are seeded by (seed, epoch, step, slot) before the forward pass. One
+device kind, one torch and one number of threads are assumed.
+
+The model's parameters are views of one flat vector on the device.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distgd import tasks
+from distgd.errors import BadInput
+from distgd.events import SlotStats
+from distgd.layout import BufferLayout, Layout, block_squares, squared_norm
+from distgd.optim import clip_scale
+from distgd.sources import Order, Source, count, open_source, seed_everything, slot_seed, to_device
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class SlotGradient:
+    """What one slot gives. `bad` says that its loss or gradient is not finite; `buffers` are None where unchanged."""
+
+    stats: SlotStats
+    bad: bool
+    buffers: Array | None
+
+
+class Replica:
+    """A model on one device, and the training data.
+
+    Args:
+        frozen: values of the parameters that take no gradient, by name; the driver's, so that all replicas agree.
+        clip: limit of the norm of a slot's mean gradient, None for none.
+    """
+
+    def __init__(
+        self,
+        task: tasks.Task,
+        seed: int,
+        device: str = "cpu",
+        frozen: Mapping[str, Array] | None = None,
+        clip: float | None = None,
+    ) -> None:
+        self.task = task
+        self.seed = seed
+        self.device = torch.device(device)
+        self.clip = clip
+        self.model = tasks.build(task, seed)
+        for name, parameter in self.model.named_parameters():
+            if frozen and name in frozen:
+                parameter.data.copy_(torch.from_numpy(frozen[name]))
+        self.layout = Layout.of_model(self.model)
+        self.model.to(self.device)
+        self.flat = self.layout.flatten(dict(self.model.named_parameters())).to(self.device)
+        self.layout.adopt(self.model, self.flat)
+        self.buffer_layout = BufferLayout.of_model(self.model)
+        self.buffers = self.buffer_layout.pack(self.model)  # their committed value
+        self._grad = torch.zeros_like(self.flat) if self.device.type != "cpu" else None
+
+    def frozen(self) -> dict[str, Array]:
+        """Values of the parameters that take no gradient, by name."""
+        return {n: p.detach().cpu().numpy().copy() for n, p in self.model.named_parameters() if not p.requires_grad}
+
+    def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
+        """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU).
+
+        An empty slot has weight 0 and leaves `out` as it is. `stats.seconds` is left 0 for the caller to fill.
+        """
+        indices = order.indices(step, slot)
+        if not len(indices):
+            return SlotGradient(SlotStats(slot, 0, 0.0, 0.0, 0.0, 0.0), bad=False, buffers=None)
+        batch = to_device(source.batch(indices), self.device)
+        self.buffer_layout.unpack(self.buffers, self.model)
+        seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
+        self.model.train()
+        grad = out if self._grad is None else self._grad
+        loss, weight = self._backward(batch, grad)
+        if grad is not out:
+            out.copy_(grad)
+        square = squared_norm(block_squares(out))
+        if self.clip is not None:
+            out.mul_(clip_scale(square, self.clip))
+        out.mul_(weight)
+        packed = self.buffer_layout.pack(self.model)
+        changed = packed if not np.array_equal(packed, self.buffers) else None
+        stats = SlotStats(slot, count(batch), weight, loss, square, 0.0)
+        return SlotGradient(stats, bad=not (isfinite(square) and isfinite(loss)), buffers=changed)
+
+    def _backward(self, batch: Any, grad: Tensor) -> tuple[float, float]:
+        grad.zero_()
+        views = self.layout.views(grad)
+        for name, parameter in self.model.named_parameters():
+            if name in views:
+                parameter.grad = views[name]
+        loss, weight = self._loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach()), weight
+
+    def _loss(self, batch: Any) -> tuple[Tensor, float]:
+        answer = self.task.loss(self.model, batch)
+        loss, weight = answer if isinstance(answer, tuple) else (answer, count(batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise BadInput(f"task.loss: expected a scalar tensor, found {found}; return the mean over the samples")
+        return loss.reshape(()), float(weight)
+
+    @torch.no_grad()
+    def evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
+        """Means over the whole of `source`, whatever `batch_size`: the loss by its weight, metrics by samples.
+
+        Returns:
+            `loss`, and what the task's `metrics` names.
+        """
+        self.buffer_layout.unpack(self.buffers, self.model)
+        self.model.eval()
+        metrics = getattr(self.task, "metrics", None)
+        sums: dict[str, float] = {}
+        weights: dict[str, float] = {}
+        for first in range(0, len(source), batch_size):
+            batch = to_device(source.batch(np.arange(first, min(first + batch_size, len(source)))), self.device)
+            loss, weight = self._loss(batch)
+            parts = {"loss": (float(loss) * weight, weight)}
+            for name, value in (metrics(self.model, batch) if metrics else {}).items():
+                parts[name] = _weighted(value, count(batch))
+            for name, (value, weight) in parts.items():
+                sums[name] = sums.get(name, 0.0) + value
+                weights[name] = weights.get(name, 0.0) + weight
+        return {name: value / weights[name] for name, value in sums.items()}
+
+    def train_source(self) -> Source:
+        """The task's training data."""
+        return open_source(self.task.train_data())
+
+    def has_batch_norm(self) -> bool:
+        """Whether a slot of one sample cannot be trained on."""
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
+
+
+def _weighted(value: Tensor | float, samples: int) -> tuple[float, float]:
+    """A metric's sum and the samples in it, from a per-sample tensor or a mean."""
+    if isinstance(value, Tensor) and value.numel() > 1:
+        return float(value.double().sum()), float(value.numel())
+    return float(value) * samples, float(samples)
+
+
+def users_error(error: BaseException) -> str:
+    """The message of an error in the user's own code, with its frames and none of ours.
+
+    An error of ours passes as it is.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/distgd/" not in f.filename.replace("\\", "/")]
+    if not frames:
+        return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_list(frames)).rstrip()
+

@@ -1,0 +1,101 @@
+"""The parameter server's actor: one shard behind `handle(source, event) -> [effect]`.
+
+A plain class that knows no cluster; it builds its shard from a specification, times what it applies, answers status
+requests and ends on `Stop`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from distgd import events as ev
+from distgd.layout import Slice
+from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule
+from distgd.policy import Immediate, Policy, Staged
+from distgd.shard import Shard, ShardRules
+from distgd.sources import Order
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """All that a server is made of. `weights` is its slice of the run's initial weights, `buffers` shard 0's alone.
+
+    `quorum` counts in sync mode, `staleness` in bounded mode; async is bounded mode with `staleness` None.
+    """
+
+    rules: ShardRules
+    part: Slice
+    weights: np.ndarray[Any, Any]
+    buffers: np.ndarray[Any, Any] | None
+    optimizer: OptimizerSpec
+    schedule: Schedule
+    quorum: int
+    staleness: int | None
+    order: Order
+
+    role = "server"
+
+    def build(self, clock: Callable[[], float]) -> Server:
+        """Make the server; one intra-op thread, so that its cost is the same wherever it runs."""
+        return Server(self, clock)
+
+    def policy(self) -> Policy:
+        """The rule of the run's mode."""
+        if not self.rules.staged:
+            return Immediate(bound=self.staleness, filled=self.order.filled)
+        return Staged(
+            slots=self.rules.slots,
+            quorum=self.quorum,
+            shards=len(self.rules.incarnations),
+            measure=self.rules.clip is not None,
+        )
+
+
+class Server:
+    """One shard as an actor."""
+
+    def __init__(self, spec: ServerSpec, clock: Callable[[], float]) -> None:
+        weights = torch.from_numpy(spec.weights.copy())
+        pieces = [(p.name, weights[p.start : p.start + p.size]) for p in spec.part.pieces]
+        self.shard = Shard(
+            spec.rules,
+            spec.part,
+            weights,
+            spec.buffers,
+            PieceOptimizer(spec.optimizer, pieces),
+            spec.policy(),
+            spec.schedule,
+            eager=spec.quorum == spec.rules.slots,
+        )
+        self._clock = clock
+        self._timeline = spec.rules.timeline
+
+    def handle(self, source: int, event: Any) -> list[ev.Effect]:
+        """Take one message; a committed step's report says how long this message took to apply."""
+        if isinstance(event, ev.Stop):
+            return [ev.End(f"stopped by the driver at version {self.shard.version}")]
+        if isinstance(event, ev.StatusRequested):
+            return [ev.Send(source, ev.StatusSent(self._timeline, self.shard.describe()))]
+        began = self._clock()
+        effects = self.shard.handle(source, event)
+        seconds = self._clock() - began
+        return [self._timed(effect, seconds) for effect in effects]
+
+    def perform(self, work: Any) -> Any:
+        """A server has no work that takes time apart from messages."""
+        raise NotImplementedError(f"a server computes nothing, yet was given {work!r}")
+
+    @staticmethod
+    def _timed(effect: ev.Effect, seconds: float) -> ev.Effect:
+        match effect:
+            case ev.Send(to, ev.StepCommitted() as message):
+                return ev.Send(to, replace(message, apply_seconds=seconds))
+            case ev.Send(to, ev.PushAnswered() as message):
+                return ev.Send(to, replace(message, seconds=seconds))
+            case _:
+                return effect

@@ -1,0 +1,412 @@
+"""One server's whole state: its slice of the weights, the optimizer's state, the policy. `handle(event) -> [effect]`.
+
+In sync mode gradients gather beside the weights, and one decision for the step comes from shard 0 when every shard is
+full (stage, then commit). Before the decision version t exists everywhere, so any slot can be computed again; after it
+no gradient is needed any more. In bounded and async mode each push is an update, let through by the policy.
+
+A shard never waits, sends, sleeps, logs or reads a clock. It knows its peers by incarnation only. Everything in it is
+lost when its process dies.
+
+Norms travel as sums of squares per block of 64 elements and are added by shard 0 in the order of blocks, so that the
+clip scale is the same number for any number of shards.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distgd import events as ev
+from distgd import policy as pol
+from distgd.layout import Slice, block_squares, squared_norm
+from distgd.optim import PieceOptimizer, Schedule, clip_scale
+from distgd.reduce import Node, Sum, Tree
+
+SNAPSHOTS_KEPT = 2  # one that is being read, and the one after it
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class ShardRules:
+    """What all shards of a run have in common.
+
+    `incarnations` are the shards' own, by index. `slots` is K. `last` is the run's last version. `clip` limits the
+    global norm of the mean gradient (`staged`, sync mode; elsewhere the worker clips, as its push is the whole update).
+    `scale_lr` divides the learning rate by max(1, staleness).
+    """
+
+    timeline: int
+    incarnations: tuple[int, ...]
+    slots: int
+    last: int
+    staged: bool
+    clip: float | None
+    scale_lr: bool
+
+
+class Shard:
+    """The state machine of one shard.
+
+    Args:
+        part: which elements of the flat vector are here.
+        weights: their values, shape [part.size]; stepped in place from then on.
+        buffers: the model's buffers as bytes, shard 0 only.
+        optimizer: built over views of `weights`, one per piece.
+        eager: whether arriving gradients may be added before the set of slots is known (no quorum).
+    """
+
+    def __init__(
+        self,
+        rules: ShardRules,
+        part: Slice,
+        weights: Tensor,
+        buffers: Array | None,
+        optimizer: PieceOptimizer,
+        policy: pol.Policy,
+        schedule: Schedule,
+        *,
+        eager: bool,
+    ) -> None:
+        self.rules = rules
+        self.part = part
+        self.weights = weights
+        self.buffers = buffers
+        self.buffers_version = 0
+        self.optimizer = optimizer
+        self.policy = policy
+        self.schedule = schedule
+        self.grad = torch.zeros_like(weights)
+        self._piece_grads = [self.grad[p.start : p.start + p.size] for p in part.pieces]
+        self._eager = eager
+        self._tree: Tree[Tensor] = Tree(rules.slots, _add, eager=eager)
+        self._mean_of: frozenset[int] | None = None  # the slots whose mean `grad` holds now
+        self._staged: dict[Node, ev.GradientArrived] = {}  # headers of what the tree holds (sync)
+        self._sources: dict[Node, int] = {}  # who pushed them
+        self._norm: float | None = None  # shard 0: the norm that the last decision was made with
+        self._waiting: dict[tuple[int, int], tuple[int, ev.GradientArrived]] = {}  # pushes by lease, held or arriving
+        self._squares: dict[int, Array] = {}  # shard 0: each shard's last sums of squares of this step
+        self._pulls: list[tuple[int, ev.PullRequested]] = []  # reads of a version that is still to come
+        self._published: Array | None = None  # a copy of this version's weights, shared by all answers
+        self._snapshots: OrderedDict[int, ev.SnapshotSent] = OrderedDict()
+        self._due: dict[int, int] = {}  # snapshot number -> the version asked for
+        self._snapshot_readers: dict[int, list[int]] = {}
+        self._members = ev.MembershipChanged(rules.timeline, -1, frozenset(), -1, ())
+        self._parked: list[tuple[int, Any]] = []  # from incarnations that this shard has not been told of yet
+        self._commit: ev.Commit | None = None  # the decision that the policy has been told of last
+        self._bad: tuple[int, ...] = ()
+        self.version = 0  # updates applied or skipped so far
+        self.late = 0  # slots that came after their step was decided, since the last report
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is shard 0, which decides."""
+        return self.part.index == 0
+
+    def handle(self, source: int, event: Any) -> list[ev.Effect]:
+        """Take one message of incarnation `source`; what is not for this timeline or from the dead has no effect."""
+        if event.timeline != self.rules.timeline:
+            return []
+        if isinstance(event, ev.MembershipChanged):
+            return self._membership(event)
+        if source > self._members.newest:
+            self._parked.append((source, event))
+            return []
+        if source not in self._members.live:
+            return [ev.Send(source, ev.Fenced(self.rules.timeline))]
+        return self._dispatch(source, event)
+
+    def describe(self) -> str:
+        """What this shard waits for, in words."""
+        text = f"shard {self.part.index} at version {self.version}"
+        if not self.rules.staged:
+            return f"{text}, {len(self._waiting)} pushes held"
+        held = {k for node in self._staged for k in range(*node)}
+        missing = [k for k in range(self.rules.slots) if k not in held]
+        return f"{text}, waits for slots {missing}" if missing else f"{text}, full, waits for the decision"
+
+    def _dispatch(self, source: int, event: Any) -> list[ev.Effect]:
+        match event:
+            case ev.PullRequested():
+                return self._pull(source, event)
+            case ev.GradientArrived():
+                return self._push(source, event)
+            case ev.ShardFilled():
+                return self._filled(event)
+            case ev.Measure():
+                return self._report(event.attempt, frozenset(event.slots), frozenset(), measure=True)
+            case ev.Commit():
+                return self._committed(event)
+            case ev.LeaseExpired():
+                return self._obey(self.policy.handle(pol.Closed((event.worker, event.lease))))
+            case ev.TakeSnapshot():
+                return self._snapshot_asked(event)
+            case ev.SnapshotPulled():
+                return self._snapshot_pulled(source, event)
+            case _:
+                return []
+
+    def _membership(self, event: ev.MembershipChanged) -> list[ev.Effect]:
+        if event.number <= self._members.number:
+            return []
+        self._members = event
+        effects = self._obey(self.policy.handle(pol.Survived(event.live)))
+        self._pulls = [(source, pull) for source, pull in self._pulls if source in event.live]
+        parked, self._parked = self._parked, []
+        for source, message in parked:
+            effects += self.handle(source, message)
+        return effects
+
+    # Reading.
+
+    def _pull(self, source: int, pull: ev.PullRequested) -> list[ev.Effect]:
+        if pull.lease >= 0:
+            refused = self.policy.handle(pol.Opened((source, pull.lease), pull.step, pull.slot))
+            if refused:
+                return [self._answer(source, pull.lease, "gone")]
+        if self.version < pull.at_least:
+            self._pulls.append((source, pull))
+            return []
+        return [self._weights_for(source, pull)]
+
+    def _weights_for(self, source: int, pull: ev.PullRequested) -> ev.Send:
+        newer = self.buffers is not None and self.buffers_version > pull.buffers
+        message = ev.WeightsSent(
+            self.rules.timeline,
+            self.part.index,
+            self.version,
+            pull.lease,
+            self.buffers_version,
+            self._copy(),
+            self.buffers if newer else None,
+        )
+        return ev.Send(source, message)
+
+    def _advanced(self) -> list[ev.Effect]:
+        """After every update: the copy is stale, readers may go on, a snapshot may be due."""
+        self._published = None
+        ready = [(source, pull) for source, pull in self._pulls if pull.at_least <= self.version]
+        self._pulls = [(source, pull) for source, pull in self._pulls if pull.at_least > self.version]
+        return [*self._take_due(), *(self._weights_for(source, pull) for source, pull in ready)]
+
+    # Gradients.
+
+    def _push(self, source: int, push: ev.GradientArrived) -> list[ev.Effect]:
+        node = (push.first, push.stop)
+        bad = frozenset(push.bad)
+        if self.rules.staged:
+            decisions = self.policy.handle(pol.Arrived(node, push.step, node, push.attempt, push.version, bad))
+            if pol.Hold(node) in decisions:
+                self._stage(node, source, push)
+            elif pol.Drop(node, "late") in decisions:
+                self.late += push.stop - push.first
+            return self._obey(decisions)
+        key = (source, push.lease)
+        self._waiting.setdefault(key, (source, push))
+        return self._obey(self.policy.handle(pol.Arrived(key, push.step, node, 0, push.version, bad)))
+
+    def _stage(self, node: Node, source: int, push: ev.GradientArrived) -> None:
+        first, stop = node
+        for inner in [n for n in self._staged if first <= n[0] and n[1] <= stop]:
+            del self._staged[inner]
+        self._staged[node] = replace(push, gradient=None)
+        self._sources[node] = source
+        self._tree.discard(node)
+        value = None if push.gradient is None else torch.from_numpy(push.gradient)
+        self._tree.put(node, Sum(value, push.weight, owned=True))
+
+    def _obey(self, decisions: list[pol.Decision]) -> list[ev.Effect]:
+        effects: list[ev.Effect] = []
+        for decision in decisions:
+            match decision:
+                case pol.Report(_, attempt, slots, bad):
+                    effects += self._report(attempt, slots, bad, measure=self._eager)
+                case pol.ApplyStep():
+                    effects += self._apply_step(decision)
+                case pol.ApplyPush():
+                    effects += self._apply_push(decision)
+                case pol.Drop(key, reason) if not self.rules.staged:
+                    effects += self._dropped(key, reason)
+                case pol.Propose():
+                    effects += self._propose(decision)
+                case pol.Decide():
+                    effects += self._decide(decision)
+        return effects
+
+    def _dropped(self, key: tuple[int, int], reason: str) -> list[ev.Effect]:
+        source, lease = key
+        self._waiting.pop(key, None)
+        return [self._answer(source, lease, reason)] if source in self._members.live else []
+
+    def _answer(self, source: int, lease: int, outcome: str, staleness: int = 0) -> ev.Send:
+        return ev.Send(source, ev.PushAnswered(self.rules.timeline, self.part.index, lease, outcome, staleness))
+
+    # The commit round (sync).
+
+    def _report(self, attempt: int, slots: frozenset[int], bad: frozenset[int], *, measure: bool) -> list[ev.Effect]:
+        squares = None
+        if measure and self.rules.clip is not None:
+            self._fill_mean(slots)
+            squares = block_squares(self.grad).numpy()
+        report = ev.ShardFilled(
+            self.rules.timeline,
+            self.part.index,
+            self.version,
+            attempt,
+            tuple(sorted(slots)),
+            tuple(sorted(bad)),
+            squares,
+        )
+        return self._filled(report) if self.leads else [ev.Send(self.rules.incarnations[0], report)]
+
+    def _filled(self, report: ev.ShardFilled) -> list[ev.Effect]:
+        if report.squares is not None and report.step == self.version:
+            self._squares[report.shard] = report.squares
+        event = pol.Filled(report.shard, report.step, report.attempt, frozenset(report.slots), frozenset(report.bad))
+        return self._obey(self.policy.handle(event))
+
+    def _propose(self, proposal: pol.Propose) -> list[ev.Effect]:
+        ask = ev.Measure(self.rules.timeline, proposal.step, proposal.attempt, tuple(sorted(proposal.slots)))
+        others: list[ev.Effect] = [ev.Send(shard, ask) for shard in self.rules.incarnations[1:]]
+        return [*others, *self._report(proposal.attempt, proposal.slots, frozenset(), measure=True)]
+
+    def _decide(self, decision: pol.Decide) -> list[ev.Effect]:
+        clip, self._norm = 1.0, None
+        if self.rules.clip is not None and decision.apply:
+            blocks = np.concatenate([self._squares[i] for i in range(len(self.rules.incarnations))])
+            square = squared_norm(torch.from_numpy(blocks))
+            self._norm, clip = square**0.5, clip_scale(square, self.rules.clip)
+        numbers = tuple(number for number, at in self._due.items() if at <= self.version + 1)
+        slots = tuple(sorted(decision.slots))
+        commit = ev.Commit(self.rules.timeline, decision.step, slots, decision.apply, clip, numbers)
+        others: list[ev.Effect] = [ev.Send(shard, commit) for shard in self.rules.incarnations[1:]]
+        return [*others, *self._committed(commit, tuple(sorted(decision.bad)))]
+
+    def _committed(self, commit: ev.Commit, bad: tuple[int, ...] = ()) -> list[ev.Effect]:
+        self._commit, self._bad = commit, bad
+        return self._obey(self.policy.handle(pol.Decided(commit.step, frozenset(commit.slots), commit.apply)))
+
+    def _apply_step(self, decision: pol.ApplyStep) -> list[ev.Effect]:
+        commit = self._commit
+        assert commit is not None
+        if decision.apply:
+            self._fill_mean(decision.slots)
+            if commit.clip != 1.0:
+                self.grad.mul_(commit.clip)
+            self.optimizer.step(self._piece_grads, self.schedule.factor(decision.step))
+            self._commit_buffers(next((p.buffers for n, p in self._staged.items() if n[0] == 0), None))
+        self.version += 1
+        effects: list[ev.Effect] = [ev.Send(ev.DRIVER, self._record(commit))] if self.leads else []
+        self._tree.clear()
+        self._staged.clear()
+        self._sources.clear()
+        self._squares.clear()
+        self._mean_of = None
+        for number in commit.snapshots:
+            self._due[number] = self.version
+        return [*effects, *self._advanced()]
+
+    def _record(self, commit: ev.Commit) -> ev.StepCommitted:
+        times: dict[int, dict[str, float]] = {}
+        for node, push in self._staged.items():
+            of_worker = times.setdefault(self._sources[node], {})
+            for phase, seconds in push.times.items():
+                of_worker[phase] = of_worker.get(phase, 0.0) + seconds
+        stats = (s for push in self._staged.values() for s in push.stats if s.slot in commit.slots)
+        late, self.late = self.late, 0
+        return ev.StepCommitted(
+            self.rules.timeline,
+            commit.step,
+            commit.apply,
+            commit.slots,
+            self._bad,
+            tuple(sorted(stats, key=lambda s: s.slot)),
+            times,
+            late,
+            self._norm,
+            commit.clip,
+            0.0,
+        )
+
+    def _fill_mean(self, slots: frozenset[int]) -> None:
+        """Make `grad` the mean gradient over `slots`: the tree's sum, divided once."""
+        if self._mean_of == slots:
+            return
+        total = self._tree.total(slots)
+        if total.value is None:
+            self.grad.zero_()
+        else:
+            torch.div(total.value, total.weight, out=self.grad)
+        self._mean_of = slots
+
+    def _commit_buffers(self, buffers: Array | None) -> None:
+        if self.leads and buffers is not None:
+            self.buffers = buffers
+            self.buffers_version += 1
+
+    # One update a push (bounded, async).
+
+    def _apply_push(self, decision: pol.ApplyPush) -> list[ev.Effect]:
+        source, push = self._waiting.pop(decision.key)
+        if decision.apply and push.gradient is not None:
+            torch.div(torch.from_numpy(push.gradient), push.weight, out=self.grad)
+            scale = self.schedule.factor(self.version // self.rules.slots)
+            if self.rules.scale_lr:
+                scale /= max(1, decision.staleness)
+            self.optimizer.step(self._piece_grads, scale)
+            self._commit_buffers(push.buffers)
+        self.version += 1
+        return [self._answer(source, push.lease, "applied", decision.staleness), *self._advanced()]
+
+    # Snapshots.
+
+    def _snapshot_asked(self, ask: ev.TakeSnapshot) -> list[ev.Effect]:
+        at = min(ask.version, self.rules.last)
+        if not (self.rules.staged and self.leads):
+            self._due[ask.number] = at
+            return self._take_due()
+        # Sync: the number travels with the decision that makes its version, so that all shards take the same one.
+        self._due[ask.number] = at if at > self.version else self.version + 1
+        if self.version < self.rules.last:
+            return []
+        self._due[ask.number] = self.version
+        forward = replace(ask, version=self.version)
+        others: list[ev.Effect] = [ev.Send(shard, forward) for shard in self.rules.incarnations[1:]]
+        return [*others, *self._take_due()]
+
+    def _take_due(self) -> list[ev.Effect]:
+        effects: list[ev.Effect] = []
+        for number in [number for number, at in self._due.items() if at <= self.version]:
+            del self._due[number]
+            self._snapshots[number] = ev.SnapshotSent(
+                self.rules.timeline, number, self.part.index, self.version, self._copy(), self.buffers
+            )
+            effects += [ev.Send(to, self._snapshots[number]) for to in self._snapshot_readers.pop(number, ())]
+            while len(self._snapshots) > SNAPSHOTS_KEPT:
+                self._snapshots.popitem(last=False)
+        return effects
+
+    def _copy(self) -> Array:
+        if self._published is None:
+            self._published = self.weights.numpy().copy()
+        return self._published
+
+    def _snapshot_pulled(self, source: int, pull: ev.SnapshotPulled) -> list[ev.Effect]:
+        if pull.number in self._snapshots:
+            return [ev.Send(source, self._snapshots[pull.number])]
+        self._snapshot_readers.setdefault(pull.number, []).append(source)
+        return []
+
+
+def _add(left: Sum[Tensor], right: Sum[Tensor]) -> Sum[Tensor]:
+    """left + right, into the memory of an owned side where there is one."""
+    assert left.value is not None and right.value is not None
+    if left.owned:
+        return Sum(left.value.add_(right.value), 0.0, True)
+    if right.owned:
+        return Sum(torch.add(left.value, right.value, out=right.value), 0.0, True)
+    return Sum(left.value + right.value, 0.0, True)

@@ -1,0 +1,65 @@
+"""A model's weights as a file and as one number.
+
+`fingerprint` is the number by which two runs are compared: it covers names, dtypes, shapes and every bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a `state_dict`: by sorted name: name, NUL, dtype as in safetensors, NUL, shape as JSON, NUL, bytes.
+
+    Tied tensors count once, under the first of their names in that order. Bytes are little-endian.
+
+    >>> fingerprint({"w": torch.zeros(2)})[:8]
+    '87946466'
+    """
+    digest = hashlib.sha256()
+    for name, tensor in _untied(state):
+        shape = json.dumps(list(tensor.shape), separators=(",", ":"))
+        digest.update(b"\0".join((name.encode(), _DTYPES[tensor.dtype].encode(), shape.encode(), b"")))
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _untied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    seen = set()
+    for name in sorted(state):
+        tensor = state[name]
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() == 0 or place not in seen:
+            yield name, tensor
+        seen.add(place)
+
+
+def save(state: Mapping[str, Tensor], path: Path) -> Path:
+    """Write a `state_dict` as safetensors, every name with a tensor of its own, so that plain torch loads it strictly.
+
+    A file that is there is replaced at once or not at all.
+    """
+    part = path.with_suffix(".part")
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
+    part.replace(path)
+    return path
