@@ -21,7 +21,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,7 @@ MESSAGE_SLACK = 1 << 20  # bytes of a message beside its arrays
 
 
 class Actor(Protocol):
-    """A process's state machine."""
+    """A process's state machine. `perform` does what takes time; its answer, with its `seconds`, goes to `handle`."""
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]: ...
 
@@ -115,7 +115,9 @@ class Process:
             if arrived is not None:
                 effects = actor.handle(*arrived)
             elif work:
-                effects = actor.handle(self._me, actor.perform(work.popleft()))
+                began = time.monotonic()
+                done = actor.perform(work.popleft())
+                effects = actor.handle(self._me, replace(done, seconds=time.monotonic() - began))
             else:
                 continue
             for effect in effects:

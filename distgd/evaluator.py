@@ -40,28 +40,27 @@ class EvaluatorSpec:
         torch.set_num_threads(self.threads)
         task = self.task.load()
         replica = Replica(task, self.seed, self.device, self.frozen)
-        return Evaluator(self, replica, open_source(task.eval_data()), clock)  # type: ignore[attr-defined]
+        return Evaluator(self, replica, open_source(task.eval_data()))  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A whole pass is done."""
+    """A whole pass is done; the host that performed it fills in the `seconds` that it took."""
 
     timeline: int
     number: int
     version: int
     metrics: dict[str, float]
-    seconds: float
+    seconds: float = 0.0
 
 
 class Evaluator:
     """The state machine; `perform` makes the pass."""
 
-    def __init__(self, spec: EvaluatorSpec, replica: Replica, source: Source, clock: Callable[[], float]) -> None:
+    def __init__(self, spec: EvaluatorSpec, replica: Replica, source: Source) -> None:
         self.spec = spec
         self._replica = replica
         self._source = source
-        self._clock = clock
         self._timeline = spec.rules.timeline
         self._number = -1
         self._parts: dict[int, ev.SnapshotSent] = {}
@@ -84,21 +83,17 @@ class Evaluator:
                 whole = len(self._parts) == len(self.spec.slices)
                 return [ev.Compute(dict(self._parts))] if whole else []
             case Scored():
-                return [ev.Send(ev.DRIVER, ev.Evaluated(self._timeline, *_fields(event)))]
+                scored = ev.Evaluated(self._timeline, event.number, event.version, event.metrics, event.seconds)
+                return [ev.Send(ev.DRIVER, scored)]
             case _:
                 return []
 
     def perform(self, work: dict[int, ev.SnapshotSent]) -> Scored:
         """Install the snapshot and pass over the whole set."""
-        began = self._clock()
         for part in self.spec.slices:
             self._replica.flat[part.start : part.stop].copy_(torch.from_numpy(work[part.index].weights))
         if work[0].buffers is not None:
             self._replica.buffers = work[0].buffers
         metrics = self._replica.evaluate(self._source, self.spec.batch)
         version = max(part.version for part in work.values())
-        return Scored(self._timeline, work[0].number, version, metrics, self._clock() - began)
-
-
-def _fields(done: Scored) -> tuple[int, int, dict[str, float], float]:
-    return done.number, done.version, done.metrics, done.seconds
+        return Scored(self._timeline, work[0].number, version, metrics)

@@ -14,7 +14,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -123,8 +123,9 @@ class InProcessCluster:
             self._do(incarnation, process.actor.handle(source, message))
         if process.work and incarnation in self._processes:
             process.busy = True
-            done = process.actor.perform(process.work.popleft())
-            self._at(self._now + self._pace(incarnation), lambda: self._finish(incarnation, done))
+            seconds = self._pace(incarnation)
+            done = replace(process.actor.perform(process.work.popleft()), seconds=seconds)
+            self._at(self._now + seconds, lambda: self._finish(incarnation, done))
 
     def _finish(self, incarnation: int, done: Any) -> None:
         process = self._processes.get(incarnation)

@@ -77,7 +77,7 @@ class Replica:
     def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
         """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU).
 
-        An empty slot has weight 0 and leaves `out` as it is. `stats.seconds` is left 0 for the caller to fill.
+        An empty slot has weight 0 and leaves `out` as it is. `stats.seconds` is left 0.
         """
         indices = order.indices(step, slot)
         if not len(indices):

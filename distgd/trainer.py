@@ -41,7 +41,7 @@ from distgd.inprocess import InProcessCluster
 from distgd.plan import Plan, prepare
 from distgd.report import convergence_figure
 from distgd.tasks import Task
-from distgd.tracking import Jsonl, Many, Mlflow, RunEnd, RunInfo, Tracker
+from distgd.tracking import Jsonl, Many, Mlflow, RunEnd, RunInfo, Tracker, absolute
 
 __all__ = ["Plan", "Result", "launch", "prepare", "train"]
 
@@ -126,16 +126,27 @@ def launch(
         began: when it all started, seconds since the epoch; the process's start where unset.
         cluster: where processes live, if not where the config says.
     """
-    plan = prepare(config, task, name)
-    run_dir = _run_dir(config, name)
+    plan = prepare(_absolute(config), task, name)
+    run_dir = _run_dir(plan.config, name)
     run = _Run(plan, run_dir, watch, began if began is not None else _process_start())
     with _terminable():
         return run.execute(cluster)
 
 
+def _absolute(config: Config) -> Config:
+    """Paths are relative to the current folder; from here on they are absolute."""
+    path = config.data.path and str(Path(config.data.path).absolute())
+    changed = {
+        "run": config.run.model_copy(update={"storage": str(Path(config.run.storage).absolute())}),
+        "data": config.data.model_copy(update={"path": path}),
+        "tracking": config.tracking.model_copy(update={"uri": absolute(config.tracking.uri)}),
+    }
+    return config.model_copy(update=changed)
+
+
 def _run_dir(config: Config, name: str) -> Path:
     stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = Path(config.run.storage).absolute() / (config.run.name or stamp)
+    run_dir = Path(config.run.storage) / (config.run.name or stamp)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise BadInput.at("run.name", "a new run folder", str(run_dir), "choose another with run.name=")
     try:

@@ -99,11 +99,12 @@ class SlotWork:
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """A slot is done."""
+    """A slot is done; the host that performed it fills in the `seconds` that it took."""
 
     timeline: int
     work: SlotWork
     gradient: SlotGradient
+    seconds: float = 0.0
 
 
 @dataclass
@@ -146,17 +147,21 @@ class Worker:
                 if self.spec.incarnation not in event.live:
                     return [ev.End("fenced: replaced by another")]
                 return self._mode.membership(event)
-            case ev.WeightsSent() | ev.PushAnswered() | ev.LeaseGranted() | Computed():
+            case Computed():
+                stats = replace(event.gradient.stats, seconds=event.seconds)
+                return self._mode.handle(replace(event, gradient=replace(event.gradient, stats=stats)))
+            case ev.WeightsSent() | ev.PushAnswered() | ev.LeaseGranted():
                 return self._mode.handle(event)
             case _:
                 return []
 
     def perform(self, work: SlotWork) -> Computed:
-        """Compute one slot; `stats.seconds` is its duration."""
-        began = self._clock()
-        done = self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out)
-        stats = replace(done.stats, seconds=self._clock() - began)
-        return Computed(self._timeline, work, replace(done, stats=stats))
+        """Compute one slot."""
+        return Computed(
+            self._timeline,
+            work,
+            self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out),
+        )
 
     # What both modes need.
 

@@ -57,7 +57,7 @@ class CharLM:
         return Decoder(len(self.vocabulary) + 1, self.context, self.width, self.depth, self.heads, self.dropout)
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
-        """Mean nats a character. All windows are of one length, so the mean over samples is the mean over characters."""
+        """Mean nats a character; windows are of one length, so that is a mean over samples too."""
         windows = batch.long()
         return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
@@ -76,11 +76,16 @@ class CharLM:
 
     @cached_property
     def _parts(self) -> tuple[str, str]:
-        text = _standard_library(self.limit_bytes) if self.data_path is None else _read(self.data_path, self.limit_bytes)
+        text = (
+            _standard_library(self.limit_bytes) if self.data_path is None else _read(self.data_path, self.limit_bytes)
+        )
         cut = len(text) * 9 // 10
         if len(text) - cut <= self.context:
             raise BadInput.at(
-                "data.path", f"more than {10 * self.context} characters", len(text), "give a longer text or less context"
+                "data.path",
+                f"more than {10 * self.context} characters",
+                len(text),
+                "give a longer text, a higher task.args.limit_bytes or a smaller task.args.context",
             )
         return text[:cut], text[cut:]
 
@@ -101,14 +106,16 @@ class Decoder(nn.Module):
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
+        blocks = [Block(width, heads, dropout) for _ in range(depth)]
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.apply(_small)
-        for block in self.blocks:  # so that the residual stream's variance does not grow with the depth
+        for block in blocks:  # so that the residual stream's variance does not grow with the depth
             for last in (block.mixed, block.shrink):
                 nn.init.normal_(last.weight, std=0.02 / sqrt(2 * depth))
 
     def forward(self, characters: Tensor) -> Tensor:
+        """Each place's logits depend on the characters up to it."""
         places = torch.arange(characters.shape[1], device=characters.device)
         x = self.blocks(self.dropout(self.token(characters) + self.position(places)))
         return F.linear(self.norm(x), self.token.weight)
@@ -125,13 +132,17 @@ class Block(nn.Module):
         self.grow, self.shrink = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.mixed(self._attention(self.norm1(x))))
-        return x + self.dropout(self.shrink(F.gelu(self.grow(self.norm2(x)))))
+        """The shape of `x` stays."""
+        attended: Tensor = self.mixed(self._attention(self.norm1(x)))
+        x = x + self.dropout(attended)
+        expanded: Tensor = F.gelu(self.grow(self.norm2(x)))
+        return x + self.dropout(self.shrink(expanded))
 
     def _attention(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
         dropout = self.dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2).flatten(2)
+        mixed: Tensor = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return mixed.transpose(1, 2).flatten(2)
 
 
 def _small(module: nn.Module) -> None:
