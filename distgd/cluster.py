@@ -210,9 +210,9 @@ class RayCluster:
                 raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", self._address, do) from error
             return
         self._private = Path(tempfile.mkdtemp(prefix="distgd-"))
-        self._set_environment(
-            RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0"
-        )
+        # Ray turns token authentication on for a cluster that it starts itself, and finds the token here: no file is
+        # written. RAY_AUTH_MODE is read when Ray is first imported, which may be long ago, so that it is not set.
+        self._set_environment(RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
         wanted = sum(self._resources[spec.role].cpus for spec in specs.values())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

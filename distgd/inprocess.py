@@ -149,4 +149,4 @@ class InProcessCluster:
     def _die(self, incarnation: int) -> None:
         if self._processes.pop(incarnation, None) is not None:
             lost = ev.ProcessLost(incarnation, "lost by plan")
-            self._network.put(Envelope(incarnation, ev.DRIVER, lost, next(self._order)))
+            self._network.put(Envelope(incarnation, ev.DRIVER, lost))

@@ -313,7 +313,7 @@ class _Run:
         if (buffers := self.driver.final[0].buffers) is not None:
             replica.buffers = buffers
         replica.buffer_layout.unpack(replica.buffers, replica.model)
-        return {name: tensor.detach().clone() for name, tensor in replica.model.state_dict().items()}
+        return weights.copy(replica.model.state_dict())
 
     def _figure(self) -> Path | None:
         """The convergence figure; it is a picture of the run and never the end of it."""
@@ -346,7 +346,7 @@ class _Run:
             wall_s=time.time() - self.began,
             start_s=self.first_commit,
             bits=self.plan.bits,
-            weights_sha256=weights.fingerprint(self.plan.replica.model.state_dict()) if state else None,
+            weights_sha256=weights.fingerprint(state) if state else None,
             metrics=tally.metrics if tally else {},
             dropped_samples=tally.dropped if tally else 0,
             late_slots=tally.late_slots if tally else 0,

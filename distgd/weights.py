@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -44,14 +45,26 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU with a memory of its own, in which tied tensors stay tied."""
+    copies: dict[Any, Tensor] = {}
+    return {
+        name: copies.setdefault(_place(name, tensor), tensor.detach().cpu().clone()) for name, tensor in state.items()
+    }
+
+
 def _untied(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     seen = set()
     for name in sorted(state):
-        tensor = state[name]
-        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() == 0 or place not in seen:
-            yield name, tensor
+        place = _place(name, state[name])
+        if place not in seen:
+            yield name, state[name]
         seen.add(place)
+
+
+def _place(name: str, tensor: Tensor) -> Any:
+    """Equal for two tied tensors; an empty tensor is tied to nothing."""
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else name
 
 
 def save(state: Mapping[str, Tensor], path: Path) -> Path:

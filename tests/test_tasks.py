@@ -32,6 +32,15 @@ def gradient(task: Task, model: nn.Module, batch: Any) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As in a worker; and two threads on two busy cores wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
@@ -312,6 +321,7 @@ def test_a_class_of_ones_own_is_loaded_from_the_current_folder(folder: Path) -> 
         ("mine_good:Line", {"width": -1}, ["task.args", "mine_good.py", "line 8", "RuntimeError: width below zero"]),
         ("mine_good:Empty", {}, ["task.path", "mine_good:Empty", "add train_data"]),
         ("builtins:dict", {}, ["task.path", "builtins:dict"]),
+        ("builtins:dictt", {}, ["task.path", "builtins", "did you mean dict?"]),
     ],
 )
 def test_a_wrong_class_of_ones_own_is_refused_with_its_own_lines(

@@ -69,6 +69,8 @@ def load(section: TaskSection, data: Data) -> Task:
     >>> load(TaskSection(name="counting", args={"samples": 4}), Data()).train_data()
     tensor([0, 1, 2, 3])
     """
+    if section.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     made = _made(section.path or _built_in(section.name or ""), dict(section.args), data.path)
     missing = [name for name in ("model", "loss", "train_data") if not callable(getattr(made, name, None))]
     if missing:
@@ -117,14 +119,12 @@ def _made(path: str, args: dict[str, Any], data_path: str | None) -> object:
 
 def _imported(path: str) -> Callable[..., object]:
     module_name, _, name = path.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    with _blaming("task.path", "a module that can be imported", path):
+    with _blaming("task.path", "a module that imports, in the current folder or installed", path):
         module = importlib.import_module(module_name)
     found = getattr(module, name, None)
     if not callable(found):
         classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        raise BadInput.at("task.path", f"a class in {module.__file__}", name, _nearest(name, classes))
+        raise BadInput.at("task.path", f"a class in {module}", name, _nearest(name, classes))
     return cast("Callable[..., object]", found)
 
 
@@ -132,7 +132,8 @@ def _check_names(args: Mapping[str, Any], parameters: Mapping[str, inspect.Param
     kinds = {parameter.kind for parameter in parameters.values()}
     for name in args if inspect.Parameter.VAR_KEYWORD not in kinds else ():
         if name not in parameters:
-            raise BadInput.at(f"task.args.{name}", f"one of {', '.join(parameters)}", name, _nearest(name, parameters))
+            expected = f"an argument of the task ({', '.join(parameters)})"
+            raise BadInput.at(f"task.args.{name}", expected, args[name], _nearest(name, parameters))
     for name, parameter in parameters.items():
         needed = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,

@@ -133,10 +133,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The shape of `x` stays."""
-        attended: Tensor = self.mixed(self._attention(self.norm1(x)))
-        x = x + self.dropout(attended)
-        expanded: Tensor = F.gelu(self.grow(self.norm2(x)))
-        return x + self.dropout(self.shrink(expanded))
+        attended: Tensor = self.dropout(self.mixed(self._attention(self.norm1(x))))
+        x = x + attended
+        processed: Tensor = self.dropout(self.shrink(F.gelu(self.grow(self.norm2(x)))))
+        return x + processed
 
     def _attention(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))

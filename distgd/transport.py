@@ -1,0 +1,463 @@
+"""Messages between processes: ZeroMQ, and a twin in memory.
+
+A message is a frozen dataclass. On the wire it is one JSON header and one raw frame per array; nothing is ever
+unpickled. An endpoint sends to incarnations and receives from them: `send(to, message)`, `receive(timeout)`, `close()`.
+What a message means is no business of this module, and how its arrays travel is none of the actors': a later endpoint may
+put them into shared memory.
+
+Shards and the driver listen, everybody dials, and an answer goes back over the connection that the asker made, so workers
+listen on nothing. Peers prove to each other that they know the run's secret: HMAC-SHA256 over both nonces, incarnations
+and roles, once per connection (after RFC 2195's challenge-response, in both directions). The payload is in clear.
+
+Messages between two processes arrive in order and at most once. What was under way to a process that died is lost.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import secrets
+import sys
+import time
+import types
+import typing
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import zmq
+
+from distgd.errors import RunFailed
+
+log = logging.getLogger("distgd.transport")
+
+LINGER_MS = 1000  # how long what was sent last may take to leave at close
+NONCE = 32  # bytes
+STRANGERS = 1024  # connections that may be about to prove themselves at one time
+HELLO, CHALLENGE, PROOF, DATA, UNKNOWN = b"H", b"C", b"P", b"D", b"?"
+
+
+class MalformedMessage(RunFailed):
+    """Bytes that are no message of this run's version. Nothing of it was used."""
+
+
+class Endpoint(Protocol):
+    """One process's place in the network."""
+
+    def send(self, to: int, message: Any) -> None:
+        """Hand over a message; never blocks. Arrays may not be rewritten before the receiver has answered."""
+
+    def receive(self, timeout: float) -> tuple[int, Any] | None:
+        """The next message and its sender's incarnation; None after `timeout` seconds. Its arrays are the receiver's."""
+
+    def close(self) -> None:
+        """Leave."""
+
+
+# Messages as bytes.
+
+Coder = Callable[[Any], Any]
+
+
+class Codec:
+    """Frozen dataclasses to frames and back.
+
+    Fields are scalars, strings, None, dataclasses of `kinds`, tuples, frozen sets and dicts of them, or numpy arrays;
+    their annotations decide how they come back.
+    """
+
+    def __init__(self, kinds: Iterable[type]) -> None:
+        self._fields: dict[str, tuple[type, list[tuple[str, Coder | None, Coder | None, bool]]]] = {}
+        kinds = list(kinds)
+        for kind in kinds:
+            hints = typing.get_type_hints(kind)
+            entries = []
+            for each in fields(kind):
+                hint = hints[each.name]
+                encode, decode = _coders(hint, kinds)
+                entries.append((each.name, encode, decode, _is_array(hint)))
+            self._fields[kind.__name__] = (kind, entries)
+
+    def encode(self, message: Any) -> list[Any]:
+        """The header, then every array as contiguous memory, without a copy where it is contiguous already."""
+        name = type(message).__name__
+        values: list[Any] = []
+        arrays: list[Any] = []
+        for attribute, encode, _, is_array in self._fields[name][1]:
+            value = getattr(message, attribute)
+            if is_array and value is not None:
+                values.append([value.dtype.name, list(value.shape)])
+                arrays.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            else:
+                values.append(encode(value) if encode and value is not None else value)
+        return [json.dumps([name, values], separators=(",", ":")).encode(), *arrays]
+
+    def decode(self, frames: Sequence[Any]) -> Any:
+        """The message; its arrays are views of the frames' memory.
+
+        Raises:
+            MalformedMessage: no header, an unknown kind, or fields and arrays that do not fit it.
+        """
+        try:
+            name, values = json.loads(bytes(frames[0]))
+            kind, entries = self._fields[name]
+            arrays = iter(frames[1:])
+            found = [
+                _array(value, next(arrays)) if is_array and value is not None else _decoded(decode, value)
+                for value, (_, _, decode, is_array) in zip(values, entries, strict=True)
+            ]
+            if next(arrays, None) is not None:
+                raise ValueError("more arrays than the header names")
+            return kind(*found)
+        except (ValueError, TypeError, KeyError, IndexError, StopIteration, AttributeError) as error:
+            head = bytes(frames[0])[:60] if frames else b""
+            raise MalformedMessage(
+                f"message: expected one of this version's kinds, found {head!r} ({error}); "
+                "every machine must run the same version of distgd"
+            ) from error
+
+
+def _is_array(hint: Any) -> bool:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else (hint,)
+    return any((typing.get_origin(option) or option) is np.ndarray for option in options)
+
+
+def _array(described: Any, frame: Any) -> np.ndarray[Any, Any]:
+    dtype, shape = np.dtype(described[0]), tuple(int(n) for n in described[1])
+    memory = memoryview(frame.buffer if isinstance(frame, zmq.Frame) else frame)
+    if dtype.hasobject or memory.nbytes != prod(shape) * dtype.itemsize:
+        raise ValueError(f"{memory.nbytes} bytes for {dtype} {shape}")
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+def _decoded(decode: Coder | None, value: Any) -> Any:
+    return decode(value) if decode and value is not None else value
+
+
+def _coders(hint: Any, kinds: list[type]) -> tuple[Coder | None, Coder | None]:
+    """How values of a type are written and read, None for as they are."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint in kinds:
+        return _dataclass_coders(hint, kinds)
+    if origin in (tuple, frozenset):
+        encode, decode = _coders(inner[0], kinds) if inner else (None, None)
+        return (lambda v: [encode(i) for i in v] if encode else list(v)), (
+            lambda v: origin(decode(i) for i in v) if decode else origin(v)
+        )
+    if origin is dict:
+        encode, decode = _coders(inner[1], kinds)
+        key = int if inner[0] is int else str
+        return (lambda v: {str(k): encode(i) if encode else i for k, i in v.items()}), (
+            lambda v: {key(k): decode(i) if decode else i for k, i in v.items()}
+        )
+    return None, None
+
+
+def _dataclass_coders(kind: type, kinds: list[type]) -> tuple[Coder, Coder]:
+    assert is_dataclass(kind)
+    hints = typing.get_type_hints(kind)
+    inner = [(each.name, *_coders(hints[each.name], kinds)) for each in fields(kind)]
+
+    def encode(value: Any) -> list[Any]:
+        return [code(getattr(value, name)) if code else getattr(value, name) for name, code, _ in inner]
+
+    def decode(values: list[Any]) -> Any:
+        return kind(*(_decoded(code, value) for value, (_, _, code) in zip(values, inner, strict=True)))
+
+    return encode, decode
+
+
+# ZeroMQ.
+
+
+@dataclass
+class _Dialed:
+    """A connection that this process made; what is sent before the peer has proved itself waits in `outbox`."""
+
+    socket: zmq.Socket[bytes]
+    nonce: bytes = b""
+    proved: bool = False
+    outbox: deque[list[Any]] = field(default_factory=deque)
+
+
+class ZmqEndpoint:
+    """An endpoint over ZeroMQ.
+
+    Args:
+        me, role: who this is; part of what is proved.
+        secret: the run's, at least 16 bytes.
+        listen: `ipc` (this host, no file: an abstract socket on Linux), `tcp` (a free port of `host`), both or none.
+        max_bytes: the largest frame that is taken; a peer that sends more is cut off.
+    """
+
+    def __init__(
+        self,
+        me: int,
+        role: str,
+        secret: bytes,
+        codec: Codec,
+        listen: Sequence[str] = (),
+        host: str | None = None,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self._me, self._role, self._secret, self._codec, self._max_bytes = me, role, secret, codec, max_bytes
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._poller = zmq.Poller()
+        self._dialed: dict[int, _Dialed] = {}
+        self._by_socket: dict[zmq.Socket[bytes], int] = {}
+        self._routes: dict[bytes, int] = {}  # who has proved to be behind a connection that was made to us
+        self._route_to: dict[int, bytes] = {}
+        self._strangers: dict[bytes, tuple[bytes, int, str]] = {}  # the transcript each has to sign
+        self._waiting: dict[int, deque[list[Any]]] = {}  # for peers that have not dialed yet
+        self._inbox: deque[tuple[int, Any]] = deque()
+        self._warned: set[str] = set()
+        self.refused = 0
+        """Connections and messages that were refused so far."""
+        self._router: zmq.Socket[bytes] | None = None
+        self.addresses: tuple[str, ...] = ()
+        """Where this process listens."""
+        if listen:
+            self._router = self._socket(zmq.ROUTER)
+            self.addresses = tuple(self._bind(kind, host) for kind in listen)
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.SNDHWM, 0)  # the protocol bounds what is under way; a full queue would block or drop
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._max_bytes)
+        self._poller.register(socket, zmq.POLLIN)
+        return socket
+
+    def _bind(self, kind: str, host: str | None) -> str:
+        assert self._router is not None
+        if kind == "ipc" and sys.platform == "linux":
+            address = f"ipc://@distgd-{secrets.token_hex(16)}"
+            self._router.bind(address)
+            return address
+        self._router.bind(f"tcp://{host or '127.0.0.1'}:*")
+        return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def connect(self, peer: int, address: str) -> None:
+        """Dial `peer`, which may not listen yet; returns at once."""
+        dialed = _Dialed(self._socket(zmq.DEALER))
+        self._dialed[peer] = dialed
+        self._by_socket[dialed.socket] = peer
+        dialed.socket.connect(address)
+        self._greet(dialed)
+
+    def send(self, to: int, message: Any) -> None:
+        """Send, or queue until `to` has proved itself. Arrays may not be rewritten before the receiver has answered."""
+        frames = self._codec.encode(message)
+        dialed = self._dialed.get(to)
+        if dialed is None:
+            route = self._route_to.get(to)
+            if route is None:
+                self._waiting.setdefault(to, deque()).append(frames)
+            else:
+                self._to_route(route, frames)
+        elif dialed.proved:
+            dialed.socket.send_multipart([DATA, *frames], copy=False)
+        else:
+            dialed.outbox.append(frames)
+
+    def _to_route(self, route: bytes, frames: list[Any]) -> None:
+        assert self._router is not None
+        self._router.send_multipart([route, DATA, *frames], copy=False)
+
+    def receive(self, timeout: float) -> tuple[int, Any] | None:
+        """The next message and its sender; None after `timeout` seconds."""
+        until = time.monotonic() + timeout
+        while not self._inbox:
+            left = until - time.monotonic()
+            ready = self._poller.poll(max(0, int(left * 1000 + 0.999)))
+            for socket, _ in ready:
+                self._drain(socket)
+            if not ready and left <= 0:
+                return None
+        return self._inbox.popleft()
+
+    def _drain(self, socket: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            if socket is self._router:
+                self._from_route(bytes(frames[0]), frames[1:])
+            else:
+                self._from_dialed(self._by_socket[socket], frames)
+
+    def close(self) -> None:
+        """Close every connection; what was sent gets a second to leave."""
+        for socket in [*self._by_socket, *([self._router] if self._router else [])]:
+            socket.close()
+        self._by_socket.clear()
+        self._dialed.clear()
+        self._router = None
+        self._context.term()
+
+    # The proof, at the side that dialed.
+
+    def _greet(self, dialed: _Dialed) -> None:
+        dialed.nonce, dialed.proved = secrets.token_bytes(NONCE), False
+        dialed.socket.send_multipart([HELLO, _who(self._me, self._role), dialed.nonce])
+
+    def _from_dialed(self, peer: int, frames: list[Any]) -> None:
+        dialed, tag = self._dialed[peer], bytes(frames[0])
+        if tag == CHALLENGE and not dialed.proved and len(frames) == 4:
+            who, nonce, signature = (bytes(frame) for frame in frames[1:])
+            transcript = self._transcript(_who(self._me, self._role), dialed.nonce, who, nonce)
+            if _read_who(who)[0] != peer or not hmac.compare_digest(self._sign(b"listener", transcript), signature):
+                self._refuse(f"the listener at incarnation {peer}'s address does not know this run's secret")
+                return
+            dialed.socket.send_multipart([PROOF, self._sign(b"dialer", transcript)])
+            dialed.proved = True
+            while dialed.outbox:
+                dialed.socket.send_multipart([DATA, *dialed.outbox.popleft()], copy=False)
+        elif tag == DATA and dialed.proved:
+            self._inbox.append((peer, self._codec.decode(frames[1:])))
+        elif tag == UNKNOWN and dialed.proved:
+            self._greet(dialed)
+        else:
+            self._refuse(f"a listener that has not proved itself at incarnation {peer}'s address sent {tag!r}")
+
+    # The proof, at the side that listens.
+
+    def _from_route(self, route: bytes, frames: list[Any]) -> None:
+        tag = bytes(frames[0]) if frames else b""
+        if tag == DATA and route in self._routes:
+            self._inbox.append((self._routes[route], self._codec.decode(frames[1:])))
+        elif not route.startswith(b"\0"):  # an identity that a peer chose for itself
+            self._refuse("a peer chose its own routing id")
+        elif tag == HELLO and len(frames) == 3:
+            self._challenge(route, bytes(frames[1]), bytes(frames[2]))
+        elif tag == PROOF and len(frames) == 2:
+            self._judge(route, bytes(frames[1]))
+        else:
+            self._refuse(f"a peer that has not proved itself sent {tag!r}")
+            if tag == DATA and self._router is not None:
+                self._router.send_multipart([route, UNKNOWN])
+
+    def _challenge(self, route: bytes, who: bytes, nonce: bytes) -> None:
+        assert self._router is not None
+        incarnation, role = _read_who(who)
+        if incarnation < 0 or len(nonce) != NONCE:
+            self._refuse("a peer's greeting was not one")
+            return
+        mine, my_nonce = _who(self._me, self._role), secrets.token_bytes(NONCE)
+        transcript = self._transcript(who, nonce, mine, my_nonce)
+        while len(self._strangers) >= STRANGERS:
+            self._strangers.pop(next(iter(self._strangers)))
+        self._strangers[route] = (transcript, incarnation, role)
+        self._router.send_multipart([route, CHALLENGE, mine, my_nonce, self._sign(b"listener", transcript)])
+
+    def _judge(self, route: bytes, signature: bytes) -> None:
+        transcript, incarnation, role = self._strangers.pop(route, (b"", -1, ""))
+        if not transcript or not hmac.compare_digest(self._sign(b"dialer", transcript), signature):
+            self._refuse(f"a peer that calls itself {role} {incarnation} does not know this run's secret")
+            return
+        former = self._route_to.pop(incarnation, None)
+        if former is not None:
+            self._routes.pop(former, None)
+        self._routes[route], self._route_to[incarnation] = incarnation, route
+        for frames in self._waiting.pop(incarnation, ()):
+            self._to_route(route, frames)
+
+    @staticmethod
+    def _transcript(dialer: bytes, dialer_nonce: bytes, listener: bytes, listener_nonce: bytes) -> bytes:
+        return json.dumps([part.hex() for part in (dialer, dialer_nonce, listener, listener_nonce)]).encode()
+
+    def _sign(self, side: bytes, transcript: bytes) -> bytes:
+        return hmac.digest(self._secret, b"distgd " + side + b" " + transcript, "sha256")
+
+    def _refuse(self, why: str) -> None:
+        self.refused += 1
+        if why not in self._warned and len(self._warned) < 100:
+            self._warned.add(why)
+            log.warning("refused: %s", why)
+
+
+def _who(incarnation: int, role: str) -> bytes:
+    return json.dumps([incarnation, role]).encode()
+
+
+def _read_who(who: bytes) -> tuple[int, str]:
+    try:
+        incarnation, role = json.loads(who)
+        return (incarnation, role) if type(incarnation) is int and isinstance(role, str) else (-1, "")
+    except (ValueError, TypeError):
+        return -1, ""
+
+
+# In memory.
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A message under way."""
+
+    source: int
+    destination: int
+    message: Any
+
+
+class InMemoryNetwork:
+    """The twin on one thread: `on_send` gets every envelope and decides when to `put` it. Arrays are copied as by a wire."""
+
+    def __init__(self, on_send: Callable[[Envelope], None]) -> None:
+        self._on_send = on_send
+        self._inboxes: dict[int, deque[tuple[int, Any]]] = {}
+
+    def endpoint(self, me: int) -> InMemoryEndpoint:
+        """A place in this network."""
+        self._inboxes[me] = deque()
+        return InMemoryEndpoint(self, me)
+
+    def send(self, envelope: Envelope) -> None:
+        """Take a message from an endpoint."""
+        message = envelope.message
+        arrays = {
+            each.name: value.copy()
+            for each in fields(message)
+            if isinstance(value := getattr(message, each.name), np.ndarray)
+        }
+        self._on_send(replace(envelope, message=replace(message, **arrays)) if arrays else envelope)
+
+    def put(self, envelope: Envelope) -> None:
+        """Deliver; to somebody who has left, in vain."""
+        if envelope.destination in self._inboxes:
+            self._inboxes[envelope.destination].append((envelope.source, envelope.message))
+
+    def take(self, me: int) -> tuple[int, Any] | None:
+        """The oldest message delivered to `me`."""
+        inbox = self._inboxes.get(me)
+        return inbox.popleft() if inbox else None
+
+    def leave(self, me: int) -> None:
+        """Forget an endpoint and what lies in its inbox."""
+        self._inboxes.pop(me, None)
+
+
+class InMemoryEndpoint:
+    """An endpoint of an `InMemoryNetwork`; `receive` never waits, as nothing happens meanwhile."""
+
+    def __init__(self, network: InMemoryNetwork, me: int) -> None:
+        self._network = network
+        self._me = me
+
+    def send(self, to: int, message: Any) -> None:
+        """Hand a message to the network's scheduler."""
+        self._network.send(Envelope(self._me, to, message))
+
+    def receive(self, timeout: float) -> tuple[int, Any] | None:
+        """What has been delivered, or None."""
+        return self._network.take(self._me)
+
+    def close(self) -> None:
+        """Leave the network."""
+        self._network.leave(self._me)

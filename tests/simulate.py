@@ -1,0 +1,137 @@
+"""Run a plan on the in-process cluster without run folder or trackers, for tests that need many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distgd import events as ev
+from distgd import weights
+from distgd.config import load
+from distgd.driver import Account, Driver, Finish, Log
+from distgd.errors import DistgdError
+from distgd.inprocess import SLOT_SECONDS, InProcessCluster
+from distgd.plan import Plan, prepare
+
+
+@dataclass
+class Simulated:
+    """What a simulated run came to."""
+
+    plan: Plan
+    driver: Driver
+    error: DistgdError | None
+    state: dict[str, Tensor]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def sha256(self) -> str:
+        return weights.fingerprint(self.state)
+
+
+def config(task: Any = None, **sections: Any) -> Any:
+    """A config for the in-process cluster: `config(batch={"size": 8}, cluster={"workers": 3})`.
+
+    `builtin` is the config's `task` where no task is given.
+    """
+    given: dict[str, Any] = {"stop": {"steps": 6}, "tracking": {"uri": "none"}}
+    builtin = sections.pop("builtin", "digits")
+    given["task"] = {"path": "given:object"} if task is not None else builtin
+    for name, section in sections.items():
+        given[name] = {**given.get(name, {}), **section}
+    given["cluster"] = {"backend": "inprocess", **given.get("cluster", {})}
+    return load(given)
+
+
+def simulate(
+    task: Any = None,
+    *,
+    seed: int = 0,
+    pace: Callable[[int], float] = lambda incarnation: SLOT_SECONDS,
+    lose: Mapping[int, float] | None = None,
+    **sections: Any,
+) -> Simulated:
+    """Prepare and run; the error that ended the run is in the answer, not raised."""
+    plan = prepare(config(task, **sections), task)
+    return run(plan, InProcessCluster(seed, pace, lose))
+
+
+def run(plan: Plan, cluster: InProcessCluster) -> Simulated:
+    """Run a plan on a cluster to its end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cast = plan.cast()
+    cluster.spawn(plan.specs(cast))
+    driver = Driver(cast, plan.assignment(), cluster.now())
+    done = Simulated(plan, driver, None, {})
+    effects = driver.start()
+    try:
+        while True:
+            for effect in effects:
+                match effect:
+                    case ev.Send(to, message):
+                        cluster.send(to, message)
+                    case Log(event):
+                        done.events.append(event)
+                    case Account(line):
+                        done.lines.append(line)
+                    case Finish(error):
+                        done.error = error
+                        done.state = {} if error else _final(plan, driver)
+                        return done
+            arrived = cluster.receive(0.0)
+            assert arrived is not None, f"stuck at step {driver.tally.steps}"
+            effects = driver.handle(*arrived, cluster.now())
+    finally:
+        cluster.close()
+        torch.set_num_threads(threads)
+
+
+def _final(plan: Plan, driver: Driver) -> dict[str, Tensor]:
+    replica = plan.replica
+    for part in replica.layout.slices(len(driver.cast.shards)):
+        replica.flat[part.start : part.stop].copy_(torch.from_numpy(driver.final[part.index].weights))
+    if (buffers := driver.final[0].buffers) is not None:
+        replica.buffers = buffers
+    replica.buffer_layout.unpack(replica.buffers, replica.model)
+    return weights.copy(replica.model.state_dict())
+
+
+class Odd(nn.Module):
+    """Parameters of odd shapes, as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i, shape in enumerate([(257, 33), (257,), (1003, 7), (3,)]):
+            self.register_parameter(f"p{i}", nn.Parameter(torch.randn(shape) * 0.1))
+        self.norm = nn.BatchNorm1d(7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ self.p0.T + self.p1)  # [n, 257]
+        wide = nn.functional.pad(hidden, (0, 1003 - 257)) @ self.p2  # [n, 7]
+        wide = nn.functional.dropout(self.norm(wide), 0.25, self.training)
+        return wide[:, :3] + self.p3
+
+
+class OddTask:
+    """A regression with `Odd`, 101 samples, so that a batch of 32 leaves an uneven last one."""
+
+    def __init__(self, samples: int = 101) -> None:
+        self.samples = samples
+
+    def model(self) -> nn.Module:
+        return Odd()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        x, y = batch
+        return (model(x) - y).square().mean()
+
+    def train_data(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(self.samples, 33, generator=generator)
+        return x, x[:, :3].sin()
