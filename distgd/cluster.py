@@ -27,7 +27,8 @@ from typing import Any, Protocol
 
 from distgd import events as ev
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError
-from distgd.transport import Codec, ZmqEndpoint
+from distgd.transport import ZmqEndpoint
+from distgd.wire import Codec
 
 log = logging.getLogger("distgd.cluster")
 
@@ -101,7 +102,7 @@ class Process:
             facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
             self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
             return self._loop(actor)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the driver is told
             kind = type(error).__name__ if isinstance(error, DistgdError) else "RunFailed"
             self._endpoint.send(ev.DRIVER, ev.ProcessFailed(timeline, kind, _told(error)))
             return f"failed: {error}"
@@ -180,7 +181,7 @@ class RayCluster:
         began = self.now()
         if not ray.is_initialized():
             self._connect(specs)
-        listen = ("ipc", "tcp") if sum(node["Alive"] for node in ray.nodes()) > 1 else ("ipc",)
+        listen = ("ipc", "tcp") if len(_nodes()) > 1 else ("ipc",)
         codec = Codec(ev.MESSAGES)
         host = _node_address() if "tcp" in listen else None
         self._endpoint = ZmqEndpoint(
@@ -234,13 +235,10 @@ class RayCluster:
         return remote(Process).remote(incarnation, spec.role, self._secret, listens, self._max_bytes, os.getcwd())
 
     def _not_placed(self, late: Sequence[str], seconds: float) -> DistgdError:
-        import ray
-
         asked = ", ".join(f"{r} {w.cpus:g} CPU {w.gpus:g} GPU" for r, w in self._resources.items())
         has = "; ".join(
             f"{n['NodeManagerHostname']} {n['Resources'].get('CPU', 0):g} CPU {n['Resources'].get('GPU', 0):g} GPU"
-            for n in ray.nodes()
-            if n["Alive"]
+            for n in _nodes()
         )
         who = ", ".join(f"{late.count(role)} {role}" for role in sorted(set(late)))
         do = f"each asks for: {asked}; the nodes have: {has}; lower cluster.workers, cpus or gpus, or add nodes"
@@ -278,7 +276,7 @@ class RayCluster:
             incarnation = self._running.pop(ref)
             try:
                 why = str(ray.get(ref))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - Ray raises what the process raised
                 why = str(error).strip().splitlines()[0]
             self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
 
@@ -329,6 +327,12 @@ def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> di
     return peers
 
 
+def _nodes() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def _node_id() -> str:
     import ray
 
@@ -338,4 +342,4 @@ def _node_id() -> str:
 def _node_address() -> str:
     import ray.util
 
-    return str(ray.util.get_node_ip_address())
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

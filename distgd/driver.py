@@ -1,8 +1,8 @@
 """The driver's decisions: who computes what, when to evaluate, what to record, when the run is over.
 
-`handle(source, event, now) -> [effect]`, like every other state machine here: it neither sends nor waits, and time is an
-argument. The driver is not on the step's path: shards tell it what was committed, and it grants leases where the mode
-has them. What it knows is lost with its process; the files that the trainer writes from its effects are not.
+`handle(source, event, now) -> [effect]`, like every other state machine here: it neither sends nor waits, and time is
+an argument. The driver is not on the step's path: shards tell it what was committed, and it grants leases where the
+mode has them. What it knows is lost with its process; the files that the trainer writes from its effects are not.
 """
 
 from __future__ import annotations
@@ -334,7 +334,7 @@ class _Evaluations:
         while self.due < at and (self.running or self.by_steps):
             self.due += self.interval
             self.skipped += 1
-        if self.running or not self.by_steps and now < self.due:
+        if self.running or (not self.by_steps and now < self.due):
             return None
         wanted = int(self.due) if self.by_steps else step + 1
         if wanted >= self.last:

@@ -1,12 +1,12 @@
 """The error tree. A message says what was expected, what was found, and what to do.
 
-    DistgdError                 exit 1
-    ├── BadInput                exit 2    a config, a file or a task that cannot be used; nothing was started
-    ├── RunFailed               exit 1    the run began and could not go on
-    │   ├── DeadlineExceeded    exit 1    a wait ended: who was waited for, in which phase, since when
-    │   └── ProcessLost         exit 1    a process that the run cannot do without is gone
-    ├── Diverged                exit 3    a loss or a gradient stopped being finite
-    └── Interrupted             exit 130  Ctrl-C or SIGTERM
+DistgdError                 exit 1
+├── BadInput                exit 2    a config, a file or a task that cannot be used; nothing was started
+├── RunFailed               exit 1    the run began and could not go on
+│   ├── DeadlineExceeded    exit 1    a wait ended: who was waited for, in which phase, since when
+│   └── ProcessLost         exit 1    a process that the run cannot do without is gone
+├── Diverged                exit 3    a loss or a gradient stopped being finite
+└── Interrupted             exit 130  Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations

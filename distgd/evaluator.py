@@ -21,7 +21,7 @@ from distgd.worker import TaskSource
 
 @dataclass(frozen=True)
 class EvaluatorSpec:
-    """All that an evaluator is made of. `batch` is samples per forward pass; it does not change the result's meaning."""
+    """All that an evaluator is made of. `batch` is samples per forward pass; the means are over the whole set."""
 
     rules: ShardRules
     incarnation: int

@@ -136,7 +136,7 @@ class GradientArrived:
     """One shard's slice of the sum of S_k over slots [first, stop), S_k = w_k times the mean gradient of slot k.
 
     `version` is the version read from this shard. `gradient` is None where every slot of the range is empty. `bad` are
-    the slots whose loss or gradient is not finite. `stats`, `times` (seconds by phase) and `buffers` go to shard 0 only.
+    the slots whose loss or gradient is not finite. `stats`, `times` (seconds by phase) and `buffers` go to shard 0.
     """
 
     timeline: int

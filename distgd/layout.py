@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -122,9 +123,7 @@ class Layout:
         """Cut the vector for `shards` servers, at multiples of `ALIGN`, in parts that differ by one block at most."""
         blocks = self.size // ALIGN
         cuts = [blocks * i // shards * ALIGN for i in range(shards + 1)]
-        return tuple(
-            Slice(i, lo, hi, self._pieces(lo, hi)) for i, (lo, hi) in enumerate(zip(cuts, cuts[1:], strict=False))
-        )
+        return tuple(Slice(i, lo, hi, self._pieces(lo, hi)) for i, (lo, hi) in enumerate(pairwise(cuts)))
 
     def _pieces(self, lo: int, hi: int) -> tuple[Piece, ...]:
         parts = ((e.name, max(e.start, lo), min(e.start + e.size, hi)) for e in self.entries)
@@ -159,7 +158,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _refuse_overlap(parameters: Mapping[str, nn.Parameter]) -> None:
     spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), n) for n, p in parameters.items())
-    for (_, stop, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, stop, one), (start, _, other) in pairwise(spans):
         if start < stop:
             raise BadInput(
                 f"parameters {one} and {other}: expected separate memory, found that they overlap; "
@@ -169,7 +168,8 @@ def _refuse_overlap(parameters: Mapping[str, nn.Parameter]) -> None:
 
 def block_squares(flat: Tensor) -> Tensor:
     """Sums of squares of blocks of `ALIGN` elements, float64, [size / ALIGN]; `flat` is a multiple of `ALIGN` long."""
-    return torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1, dtype=torch.float64).square_()
+    norms: Tensor = torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1, dtype=torch.float64)
+    return norms.square_()
 
 
 def squared_norm(blocks: Tensor) -> float:

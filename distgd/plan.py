@@ -248,7 +248,8 @@ class Plan:
         return [
             self.headline(),
             *(f"warning: {warning}" for warning in self.warnings),
-            f"layout      {d['parameters']:,} parameters in {d['tensors']} tensors, {d['dtype']}; elements by shard: {shards}",
+            f"layout      {d['parameters']:,} parameters in {d['tensors']} tensors, {d['dtype']}; "
+            f"elements by shard: {shards}",
             f"data        {d['samples']:,} samples, batch {d['batch']} in {d['slots']} slots, "
             f"{d['steps_per_epoch']:,} steps an epoch",
             f"traffic     a step pushes {_bytes(d['bytes_pushed_per_step'])} and pulls "
@@ -280,9 +281,7 @@ def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan
     example = _try_one_slot(replica, source, order)
     evaluates = hasattr(replica.task, "eval_data")
     warnings = _warnings(config, order)
-    return Plan(
-        config, name, where, replica, source, order, steps, optimizer, schedule, evaluates, example, warnings
-    )
+    return Plan(config, name, where, replica, source, order, steps, optimizer, schedule, evaluates, example, warnings)
 
 
 def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:

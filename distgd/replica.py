@@ -165,4 +165,3 @@ def users_error(error: BaseException) -> str:
     if not frames:
         return f"{type(error).__name__}: {error}"
     return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_list(frames)).rstrip()
-

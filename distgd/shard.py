@@ -403,7 +403,7 @@ class Shard:
 
 
 def _add(left: Sum[Tensor], right: Sum[Tensor]) -> Sum[Tensor]:
-    """left + right, into the memory of an owned side where there is one."""
+    """Add right to left, into the memory of an owned side where there is one."""
     assert left.value is not None and right.value is not None
     if left.owned:
         return Sum(left.value.add_(right.value), 0.0, True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from distgd.events import SlotStats
 from distgd.optim import OptimizerSpec, Schedule
-from distgd.tracking import per_worker
+from distgd.records import per_worker
 
 WINDOW = 20  # steps over which the throughput is taken
 PHASES = ("compute", "push", "wait", "pull", "apply")

@@ -39,9 +39,10 @@ from distgd.driver import Account, Driver, Effect, Finish, Log
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
 from distgd.inprocess import InProcessCluster
 from distgd.plan import Plan, prepare
+from distgd.records import Jsonl, Many, RunEnd, RunInfo, Tracker
 from distgd.report import convergence_figure
 from distgd.tasks import Task
-from distgd.tracking import Jsonl, Many, Mlflow, RunEnd, RunInfo, Tracker, absolute
+from distgd.tracking import Mlflow, absolute
 
 __all__ = ["Plan", "Result", "launch", "prepare", "train"]
 
@@ -321,7 +322,7 @@ class _Run:
         try:
             out.parent.mkdir(exist_ok=True)
             return convergence_figure(self.run_dir / "metrics.jsonl", out, self.plan.headline().split(",")[0])
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a picture is not worth a run
             log.warning("the convergence figure could not be drawn: %s", error)
             return None
 

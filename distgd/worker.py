@@ -139,7 +139,9 @@ class Worker:
             return []
         match event:
             case ev.Stop() | ev.Fenced():
-                return [ev.End("stopped by the driver" if isinstance(event, ev.Stop) else "fenced: replaced by another")]
+                return [
+                    ev.End("stopped by the driver" if isinstance(event, ev.Stop) else "fenced: replaced by another")
+                ]
             case ev.StatusRequested():
                 return [ev.Send(source, ev.StatusSent(self._timeline, self._mode.describe()))]
             case ev.MembershipChanged() if event.number > self._members:
@@ -245,7 +247,7 @@ class _Sync:
         """What this worker does, in words."""
         if self.round:
             return f"computes slots {self.round} of step {self.step}"
-        return f"waits for version {self.step + 1}; has {({i: w.version for i, w in self.read.have.items()})}"
+        return f"waits for version {self.step + 1}; has { ({i: w.version for i, w in self.read.have.items()}) }"
 
     def membership(self, event: ev.MembershipChanged) -> list[ev.Effect]:
         """A new table: compute the extra slots of the current step."""

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from distgd import tracking
 from distgd.errors import BadInput
-from distgd.tracking import Jsonl, Many, Mlflow, RunEnd, RunInfo, absolute, mlflow_writer, per_worker, ui
+from distgd.records import Jsonl, Many, RunEnd, RunInfo, per_worker
+from distgd.tracking import Mlflow, absolute, ui
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, on import
 
@@ -253,7 +255,7 @@ def test_a_store_that_comes_back_gets_the_backlog(tmp_path: Path, caplog: pytest
 def test_the_backlog_is_bounded_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mlflow_writer, "BACKLOG", 50)
+    monkeypatch.setattr(tracking, "BACKLOG", 50)
     tracker = Mlflow()
     tracker.start(info(tmp_path, "http://127.0.0.1:9"))
     for step in range(1, 201):

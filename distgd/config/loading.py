@@ -200,5 +200,5 @@ def _advice(path: Key, found: object) -> str:
 
 
 def _dotted(key: Key) -> str:
-    """`optimizer.groups[0].match`"""
+    """A key as people write it, such as `optimizer.groups[0].match`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")

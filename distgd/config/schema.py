@@ -25,9 +25,10 @@ _INTRODUCTION = """\
 
 Made from the schema by `distgd.config.docs_markdown()`; `distgd config schema` prints the same.
 
-A config is a YAML file with the sections below; `distgd train CONFIG section.key=value` changes single keys. Defaults give way
-to the file, and the file to the command line. Where both are silent, the environment variables `RAY_ADDRESS` (`cluster.address`),
-`MLFLOW_TRACKING_URI` (`tracking.uri`) and `MLFLOW_EXPERIMENT_NAME` (`tracking.experiment`) count. An unknown key is an error.
+A config is a YAML file with the sections below; `distgd train CONFIG section.key=value` changes single keys. Defaults
+give way to the file, and the file to the command line. Where both are silent, the environment variables `RAY_ADDRESS`
+(`cluster.address`), `MLFLOW_TRACKING_URI` (`tracking.uri`) and `MLFLOW_EXPERIMENT_NAME` (`tracking.experiment`) count.
+An unknown key is an error.
 Relative paths start at the current folder.
 """
 
@@ -70,7 +71,7 @@ def docs_markdown() -> str:
 
 
 def at(path: Sequence[str | int]) -> dict[str, Any]:
-    """The schema of the key at `path`, its reference resolved; of the deepest key that has one where the path goes on."""
+    """The schema of the key at `path`, or of the deepest key on it that has one; its reference is resolved."""
     schema = json_schema()
     for part in path:
         inner = schema.get("items") if isinstance(part, int) else schema.get("properties", {}).get(part)

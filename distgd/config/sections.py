@@ -1,8 +1,8 @@
 """The config's sections: what each key means, its type, its default, and which keys exclude one another.
 
 `extra="forbid"`, strict types (true is no number, "4" is no integer, infinity and NaN are refused), frozen. The text
-under a field is its description in `distgd config schema` and `docs/config.md`. `distgd.config.load` is the door: it turns pydantic's
-errors into one `BadInput`.
+under a field is its description in `distgd config schema` and `docs/config.md`. `distgd.config.load` is the door: it
+turns pydantic's errors into one `BadInput`.
 """
 
 from __future__ import annotations

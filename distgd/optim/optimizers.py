@@ -2,8 +2,8 @@
 
 Each piece of a tensor that lies in a shard is one torch parameter, so every piece is stepped as torch would step the
 whole tensor: where pieces begin at multiples of 64 elements of the flat vector, the weights are the same bits for any
-number of shards. Only optimizers that treat every element by itself can be cut this way; the others are refused with the
-reason. Rprop takes the learning rate for its first step only, so a schedule does nothing to it after that.
+number of shards. Only optimizers that treat every element by itself can be cut this way; the others are refused with
+the reason. Rprop takes the learning rate for its first step only, so a schedule does nothing to it after that.
 """
 
 from __future__ import annotations

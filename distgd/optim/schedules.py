@@ -26,7 +26,7 @@ class Schedule:
     - `inverse-sqrt`: sqrt(w) / sqrt(step + 1), w at least 1, so the warm-up ends at 1 and it falls from there (Vaswani
       et al. 2017, "Attention Is All You Need", section 5.3, scaled to a peak of 1).
     - `one-cycle`: from 1 / div_factor up to 1 at k = pct_start * n - 1, then down to `final` at k = n - 1, both along
-      half a cosine (Smith & Topin 2018, "Super-Convergence", with the annealing of `torch.optim.lr_scheduler.OneCycleLR`).
+      half a cosine (Smith & Topin 2018, "Super-Convergence"; annealed as in `torch.optim.lr_scheduler.OneCycleLR`).
 
     >>> [Schedule("linear", warmup=2, steps=6).factor(step) for step in range(7)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]

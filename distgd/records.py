@@ -1,4 +1,10 @@
-"""What a tracker is, and the trackers that need nothing but the run folder."""
+"""What a tracker is, and the trackers that need nothing but the run folder.
+
+A tracker gets `start`, then any number of events, then `finish`. An event is a mapping
+`{"event": "step|eval|fault|end", "step", "version", "samples", "seconds", "metrics": {"train/loss": ...}}`;
+`seconds` count from the run's start. `metrics.jsonl` holds every one of them; a kill loses one second at most.
+Warnings go to the logger `distgd.tracking`.
+"""
 
 from __future__ import annotations
 
