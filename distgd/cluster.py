@@ -80,9 +80,10 @@ class Resources:
 class Process:
     """The event loop of one process: an endpoint, and a state machine once `run` is called."""
 
-    def __init__(self, me: int, role: str, secret: bytes, listen: tuple[str, ...], max_bytes: int, path: str) -> None:
-        if path not in sys.path:
-            sys.path.insert(0, path)
+    def __init__(
+        self, me: int, role: str, secret: bytes, listen: tuple[str, ...], max_bytes: int, path: Sequence[str]
+    ) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]
         host = _node_address() if "tcp" in listen else None
         codec = Codec(ev.MESSAGES)
         self._me = me
@@ -230,9 +231,11 @@ class RayCluster:
         import ray
 
         resources = self._resources[spec.role]
+        path = [os.path.abspath(folder) for folder in sys.path]  # what imports here imports there
         listens = listen if spec.role == "server" else ()  # everybody else dials
         remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0)
-        return remote(Process).remote(incarnation, spec.role, self._secret, listens, self._max_bytes, os.getcwd())
+        named = type(spec.role.capitalize(), (Process,), {})  # so that `ps` and Ray's pages tell who is who
+        return remote(named).remote(incarnation, spec.role, self._secret, listens, self._max_bytes, path)
 
     def _not_placed(self, late: Sequence[str], seconds: float) -> DistgdError:
         asked = ", ".join(f"{r} {w.cpus:g} CPU {w.gpus:g} GPU" for r, w in self._resources.items())
@@ -277,7 +280,8 @@ class RayCluster:
             try:
                 why = str(ray.get(ref))
             except Exception as error:  # noqa: BLE001 - Ray raises what the process raised
-                why = str(error).strip().splitlines()[0]
+                cause = getattr(error, "cause", None)
+                why = f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[0]
             self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
 
     def close(self) -> None:

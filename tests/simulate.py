@@ -42,8 +42,7 @@ def config(task: Any = None, **sections: Any) -> Any:
     given: dict[str, Any] = {"stop": {"steps": 6}, "tracking": {"uri": "none"}}
     builtin = sections.pop("builtin", "digits")
     given["task"] = {"path": "given:object"} if task is not None else builtin
-    for name, section in sections.items():
-        given[name] = {**given.get(name, {}), **section}
+    given |= sections
     given["cluster"] = {"backend": "inprocess", **given.get("cluster", {})}
     return load(given)
 
@@ -93,13 +92,18 @@ def run(plan: Plan, cluster: InProcessCluster) -> Simulated:
 
 
 def _final(plan: Plan, driver: Driver) -> dict[str, Tensor]:
+    """The model's final state; the plan's initial weights are put back, so that it can be run again."""
     replica = plan.replica
+    weights_before, buffers_before = replica.flat.clone(), replica.buffers
     for part in replica.layout.slices(len(driver.cast.shards)):
         replica.flat[part.start : part.stop].copy_(torch.from_numpy(driver.final[part.index].weights))
     if (buffers := driver.final[0].buffers) is not None:
         replica.buffers = buffers
     replica.buffer_layout.unpack(replica.buffers, replica.model)
-    return weights.copy(replica.model.state_dict())
+    state = weights.copy(replica.model.state_dict())
+    replica.flat.copy_(weights_before)
+    replica.buffers = buffers_before
+    return state
 
 
 class Odd(nn.Module):

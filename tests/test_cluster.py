@@ -1,0 +1,244 @@
+"""Real Ray: the same promises with real processes, sockets and deaths. One cluster serves all of these tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from simulate import OddTask, simulate
+
+from distgd import train
+from distgd.cluster import RayCluster, Resources
+from distgd.config import load
+from distgd.errors import DeadlineExceeded, Diverged, RunFailed
+from distgd.trainer import launch
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cluster that the process is connected to: runs use it and leave it up."""
+    import ray
+
+    folder = tmp_path_factory.mktemp("r")
+    before = os.environ.get("RAY_AUTH_TOKEN")
+    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+    ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder))
+    yield
+    assert ray.is_initialized(), "a run must leave a cluster up that it did not start"
+    ray.shutdown()
+    if before is None:
+        del os.environ["RAY_AUTH_TOKEN"]
+
+
+def sections(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"run": {"storage": str(tmp_path)}, "tracking": {"uri": "none"}, "stop": {"steps": 5}}
+    for name, section in more.items():
+        given[name] = {**given.get(name, {}), **section}
+    return given
+
+
+@pytest.mark.parametrize(("workers", "servers"), [(1, 1), (2, 3), (3, 2), (4, 1), (1, 3), (4, 2)])
+def test_the_bits_on_ray_are_those_in_process(ray_cluster: None, tmp_path: Path, workers: int, servers: int) -> None:
+    how: dict[str, Any] = {
+        "batch": {"size": 32, "slots": 5},
+        "optimizer": {"name": "adam", "lr": 0.01, "clip": {"norm": 0.7}},
+        "stop": {"steps": 6},
+    }
+    task = OddTask(samples=106)
+    result = train(sections(tmp_path, cluster={"workers": workers, "servers": servers}, **how), task=task)
+    assert result.bits == "promised"
+    assert result.weights_sha256 == simulate(task, cluster={"workers": 2, "servers": 2}, **how).sha256
+
+
+@pytest.mark.parametrize(
+    "consistency", [{"mode": "sync"}, {"mode": "bounded", "staleness": 2}, {"mode": "async"}], ids=lambda c: c["mode"]
+)
+def test_counting_every_sample_once_an_epoch(ray_cluster: None, tmp_path: Path, consistency: dict[str, Any]) -> None:
+    updates = {"sync": 16, "bounded": 4, "async": 4}[consistency["mode"]]
+    result = train(
+        sections(
+            tmp_path,
+            task={"name": "counting", "args": {"samples": 128}},
+            batch={"size": 16, "slots": 4},
+            stop={"epochs": 3, "steps": 10**6},
+            optimizer={"name": "sgd", "lr": float(updates)},
+            cluster={"workers": 3, "servers": 2},
+            consistency=consistency,
+        )
+    )
+    (counts,) = result.state_dict.values()
+    assert torch.equal(counts, torch.full((128,), 3.0))
+    assert result.samples == 3 * 128
+    assert result.versions == (24 if consistency["mode"] == "sync" else 96)
+
+
+def test_under_quorum_the_zeros_are_the_dropped_samples(ray_cluster: None, tmp_path: Path) -> None:
+    result = train(
+        sections(
+            tmp_path,
+            task={"name": "counting", "args": {"samples": 256}},
+            batch={"size": 16, "slots": 4},
+            stop={"epochs": 1, "steps": 10**6},
+            optimizer={"name": "sgd", "lr": 8.0},
+            cluster={"workers": 4},
+            consistency={"quorum": 2},
+        )
+    )
+    lines = [json.loads(line) for line in (Path(result.run_dir) / "ledger.jsonl").read_text().splitlines()]
+    dropped = sum(line["last"] - line["first"] + 1 for line in lines if line["state"] == "dropped")
+    (counts,) = result.state_dict.values()
+    assert int((counts == 0).sum()) == dropped == result.dropped_samples > 0
+    assert result.bits == "not promised"
+
+
+class Unlucky(OddTask):
+    """The loss of one sample is not a number."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        x, y = batch
+        return super().loss(model, (x, torch.where(x[:, :1] == self.poison, torch.nan, y)))
+
+    @property
+    def poison(self) -> torch.Tensor:
+        return self.train_data()[0][7, 0]
+
+
+def test_a_loss_that_is_not_finite_names_step_and_slot(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"step \d+, slot \d+: expected a finite loss") as caught:
+        train(sections(tmp_path, batch={"size": 32, "slots": 4}, stop={"epochs": 1}), task=Unlucky(106))
+    assert caught.value.result.status == "diverged"
+    assert caught.value.result.weights_sha256 is None
+
+
+class Broken(OddTask):
+    """Fails in a worker, not on the driver, which tries step 0 only."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        if model.training and float(model.p3.detach().abs().sum()) != self.start(model):
+            raise ZeroDivisionError("the user's own")
+        return super().loss(model, batch)
+
+    def start(self, model: Any) -> float:
+        torch.manual_seed(0)
+        return float(self.model().p3.detach().abs().sum())
+
+
+def test_an_error_in_the_users_code_comes_back_with_its_frames_only(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(
+        RunFailed, match=r"(?s)worker \d: ZeroDivisionError: the user's own.*test_cluster\.py"
+    ) as caught:
+        train(sections(tmp_path), task=Broken(106))
+    assert "distgd/worker.py" not in str(caught.value)
+
+
+def test_a_killed_worker_costs_its_recomputation_only(ray_cluster: None, tmp_path: Path) -> None:
+    """Killed in mid-run by signal: the survivors take its slots and the bits stay."""
+    how: dict[str, Any] = {"batch": {"size": 32, "slots": 4}, "stop": {"steps": 400}, "optimizer": {"lr": 0.01}}
+    killed: list[int] = []
+
+    def kill_one(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] >= 50 and not killed:
+            workers = [
+                p.pid for p in psutil.process_iter(["cmdline"]) if "ray::Worker.run" in (p.info["cmdline"] or "")
+            ]
+            killed.append(max(workers))
+            os.kill(killed[0], signal.SIGKILL)
+
+    task = OddTask(samples=112)
+    config = load({**sections(tmp_path, cluster={"workers": 3, "servers": 2}, **how), "task": {"path": "a:b"}})
+    result = launch(config, "kill", kill_one, task=task)
+    events = [json.loads(line) for line in (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert killed
+    assert [event["message"] for event in events if event["event"] == "fault"]
+    assert result.weights_sha256 == simulate(task, cluster={"workers": 2}, **how).sha256
+
+
+def test_what_cannot_be_placed_is_an_error_that_says_what_there_is(ray_cluster: None) -> None:
+    cluster = RayCluster(None, {"worker": Resources(500.0, 0.0)}, start_seconds=1.0, max_bytes=1 << 20)
+    plan = simulate_plan()
+    try:
+        with pytest.raises(DeadlineExceeded, match=r"(?s)1 worker to start; each asks for: worker 500 CPU.*12 CPU"):
+            cluster.spawn({9: plan})
+    finally:
+        cluster.close()
+
+
+def simulate_plan() -> Any:
+    from simulate import config
+
+    from distgd.plan import prepare
+
+    plan = prepare(config(OddTask(106)), OddTask(106))
+    return plan.specs(plan.cast())[2]
+
+
+def left_of(mark: str, folder: Path) -> set[str]:
+    """Processes that carry the run's mark in their environment, and files in its temporary folder."""
+    processes = set()
+    for process in psutil.process_iter(["cmdline"]):
+        try:
+            if mark in process.environ().values():
+                processes.add(f"{process.pid} {' '.join(process.info['cmdline'] or [])[:60]}")
+        except psutil.Error:
+            continue
+    return processes | {str(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("end", ["success", "divergence", "interrupt"])
+def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
+    more = {
+        "success": ["stop.epochs=1"],
+        "divergence": ["optimizer.name=sgd", "optimizer.lr=1e30"],
+        "interrupt": ["stop.epochs=10000"],
+    }[end]
+    mark, folder = f"mark-{os.getpid()}-{end}", Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))  # short, for sockets
+    shared = set(Path("/dev/shm").iterdir())
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "distgd",
+            "train",
+            str(CONFIGS / "quickstart.yaml"),
+            "--json",
+            "tracking.uri=none",
+            *more,
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(folder), "DISTGD_TEST_MARK": mark},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    if end == "interrupt":
+        wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "runs").glob("*/metrics.jsonl")), 90)
+        os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == {"success": 0, "divergence": 3, "interrupt": 130}[end], stderr
+    assert json.loads(stdout.splitlines()[-1])["status"] in ("completed", "diverged", "interrupted")
+    wait_until(lambda: not left_of(mark, folder), 10)
+    assert {path for path in Path("/dev/shm").iterdir() if "distgd" in path.name} <= shared
+    folder.rmdir()
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, f"not so after {seconds} s"
+        time.sleep(0.1)
