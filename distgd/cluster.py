@@ -182,6 +182,7 @@ class RayCluster:
         began = self.now()
         if not ray.is_initialized():
             self._connect(specs)
+        self._check_gpus(specs)
         listen = ("ipc", "tcp") if len(_nodes()) > 1 else ("ipc",)
         codec = Codec(ev.MESSAGES)
         host = _node_address() if "tcp" in listen else None
@@ -226,6 +227,14 @@ class RayCluster:
                 _temp_dir=str(self._private),
                 **quiet,
             )
+
+    def _check_gpus(self, specs: Mapping[int, Spec]) -> None:
+        """On a cluster of one's own nothing will be added, so that waiting for a GPU would be in vain."""
+        asked = sum(self._resources[spec.role].gpus for spec in specs.values())
+        there = sum(node["Resources"].get("GPU", 0.0) for node in _nodes())
+        if self._private is not None and asked > there:
+            do = "lower cluster.workers, cluster.gpus or eval.gpus, or set cluster.address"
+            raise BadInput.at("cluster.gpus", f"at most the {there:g} GPUs of this machine in all", asked, do)
 
     def _actor(self, incarnation: int, spec: Spec, listen: tuple[str, ...]) -> Any:
         import ray

@@ -57,6 +57,11 @@ class Cast:
     workers: tuple[int, ...]
     evaluator: int | None
 
+    @property
+    def everybody(self) -> tuple[int, ...]:
+        """Every incarnation but the driver's, shards first."""
+        return (*self.shards, *self.workers, *([self.evaluator] if self.evaluator is not None else []))
+
     def name(self, incarnation: int) -> str:
         """An incarnation as people know it.
 
@@ -118,7 +123,7 @@ class Driver:
         self.final: dict[int, ev.SnapshotSent] = {}  # the last version, by shard
         self.finished = False
         self._workers = list(cast.workers)
-        self._live = {ev.DRIVER, *cast.shards, *cast.workers} | ({cast.evaluator} if cast.evaluator else set())
+        self._live = {ev.DRIVER, *cast.everybody}
         self._newest = max(self._live)
         self._generation = 0
         limit = None if assignment.staleness is None else assignment.staleness + 1

@@ -53,6 +53,7 @@ class Progress:
         self._terminal = stream.isatty()
         self._drawn = -math.inf
         self._broken = False
+        self._written = ""
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         if self._broken:
@@ -76,6 +77,9 @@ class Progress:
         if event["event"] == "start":
             self._write(event["headline"])
             return
+        if event["event"] == "fault":
+            self._write(f"fault at step {event['step']}: {event['message']}")
+            return
         self._line.take(event)
         if self._terminal:
             self._draw(event)
@@ -83,8 +87,14 @@ class Progress:
             self._write(str(self._line))
 
     def _write(self, line: str) -> None:
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        if line == self._written:
+            return
+        self._written = line
+        if self._live is not None:
+            self._live.console.print(line, markup=False, highlight=False)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
     def _draw(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["seconds"] < self._drawn + REDRAW_SECONDS:

@@ -140,6 +140,13 @@ class Replica:
                 weights[name] = weights.get(name, 0.0) + weight
         return {name: value / weights[name] for name, value in sums.items()}
 
+    def plain_model(self) -> nn.Module:
+        """The model with memory of its own for every parameter, on the CPU; this replica is of no use afterwards."""
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.cpu().clone()
+            parameter.grad = None
+        return self.model.cpu()
+
     def train_source(self) -> Source:
         """The task's training data."""
         return open_source(self.task.train_data())

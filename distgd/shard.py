@@ -122,7 +122,7 @@ class Shard:
 
     def describe(self) -> str:
         """What this shard waits for, in words."""
-        text = f"shard {self.part.index} at version {self.version}"
+        text = f"at version {self.version}"
         if not self.rules.staged:
             return f"{text}, {len(self._waiting)} pushes held"
         held = {k for node in self._staged for k in range(*node)}
@@ -365,6 +365,8 @@ class Shard:
     # Snapshots.
 
     def _snapshot_asked(self, ask: ev.TakeSnapshot) -> list[ev.Effect]:
+        if ask.number in self._snapshots:  # a number is taken once
+            return []
         at = min(ask.version, self.rules.last)
         if not (self.rules.staged and self.leads):
             self._due[ask.number] = at

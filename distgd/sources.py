@@ -97,8 +97,14 @@ def _digest(*parts: str | int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed this process's generators: torch (CUDA's too, now or when it starts), numpy's global one and `random`."""
-    torch.manual_seed(seed)
+    """Seed this process's generators: torch's (CUDA's where it has started), numpy's global one and `random`.
+
+    Called for every slot, so it leaves out `torch.manual_seed`, which remembers each call, with a traceback, for every
+    device that has not started.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

@@ -305,11 +305,14 @@ class Mlflow:
 
     Args:
         every_steps: about the planned steps / 1,000.
+        every_seconds: takes the place of `every_steps` where it is given.
         deadline: seconds that `finish` waits at most. A store that never answered is not waited for.
     """
 
-    def __init__(self, every_steps: int = 1, deadline: float = 60.0) -> None:
+    def __init__(self, every_steps: int = 1, every_seconds: float | None = None, deadline: float = 60.0) -> None:
         self._every = every_steps
+        self._every_seconds = every_seconds
+        self._shown = 0.0
         self._deadline = deadline
         self._changed = threading.Condition()
         self._events: deque[Event] = deque()
@@ -335,12 +338,20 @@ class Mlflow:
         self._thread.start()
 
     def log(self, event: Event) -> None:
-        if event["event"] == "step" and event["step"] != 1 and event["step"] % self._every:
+        if event["event"] == "step" and not self._due(event):
             self._thinned = event
             return
         if event["event"] == "step":
             self._thinned = None
+            self._shown = event["seconds"]
         self._append(event)
+
+    def _due(self, event: Event) -> bool:
+        if event["step"] == 1:
+            return True
+        if self._every_seconds is not None:
+            return bool(event["seconds"] >= self._shown + self._every_seconds)
+        return bool(event["step"] % self._every == 0)
 
     def _append(self, event: Event) -> None:
         with self._changed:

@@ -130,7 +130,7 @@ def launch(
     plan = prepare(_absolute(config), task, name)
     run_dir = _run_dir(plan.config, name)
     run = _Run(plan, run_dir, watch, began if began is not None else _process_start())
-    with _terminable():
+    with _interruptible(lambda: run.closing):
         return run.execute(cluster)
 
 
@@ -168,8 +168,9 @@ class _Run:
         self.began = began
         self.driver: Driver | None = None
         self.first_commit: float | None = None  # seconds since `began`
+        self.closing = False
         self.cast = plan.cast()
-        self.mlflow = Mlflow(every_steps=_every_steps(plan)) if plan.config.tracking.uri != "none" else None
+        self.mlflow = _mlflow(plan) if plan.config.tracking.uri != "none" else None
         self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []))
         self.ledger: IO[str] = (run_dir / "ledger.jsonl").open("a", encoding="utf-8")
 
@@ -200,18 +201,20 @@ class _Run:
             cluster.spawn(self.plan.specs(self.cast))
             self._await_ready(cluster)
             self.driver = Driver(self.cast, self.plan.assignment(), cluster.now())
-            error = self._perform(cluster, self.driver.start()) or self._listen(cluster, self.driver)
-            for incarnation in (*self.cast.workers, *self.cast.shards, self.cast.evaluator):
-                if incarnation is not None:
-                    cluster.send(incarnation, ev.Stop(self.cast.timeline))
-            if error.error is not None:
-                raise error.error
+            finish = self._perform(cluster, self.driver.start()) or self._listen(cluster, self.driver)
+            if finish.error is not None:
+                raise finish.error
         finally:
+            self.closing = True  # a second Ctrl-C waits for that
+            with suppress(Exception):  # a cluster that did not come up has nobody to tell
+                for incarnation in self.cast.everybody:
+                    cluster.send(incarnation, ev.Stop(self.cast.timeline))
             cluster.close()
+            self.closing = False
 
     def _await_ready(self, cluster: Cluster) -> None:
         began, seconds = cluster.now(), self.plan.config.cluster.start_seconds
-        waiting = {*self.cast.shards, *self.cast.workers} | ({self.cast.evaluator} if self.cast.evaluator else set())
+        waiting = set(self.cast.everybody)
         while waiting:
             arrived = cluster.receive(max(0.0, began + seconds - cluster.now()))
             if arrived is None:
@@ -242,8 +245,7 @@ class _Run:
 
     def _stuck(self, cluster: Cluster, driver: Driver, seconds: float) -> DistgdError:
         """Ask everybody what they do, and make the error of it."""
-        everybody = {*self.cast.shards, *self.cast.workers}
-        for incarnation in everybody:
+        for incarnation in self.cast.everybody:
             cluster.send(incarnation, ev.StatusRequested(self.cast.timeline))
         answers: dict[int, str] = {}
         until = cluster.now() + STATUS_SECONDS
@@ -253,7 +255,7 @@ class _Run:
                 answers[source] = event.text
         lines = [
             f"  {self.cast.name(i)}: {answers.get(i, 'does not answer: it computes, or is stopped')}"
-            for i in sorted(everybody)
+            for i in self.cast.everybody
         ]
         who = f"step {driver.tally.steps} to be committed"
         return DeadlineExceeded.waiting(who, "train", seconds, "what each process does:\n" + "\n".join(lines))
@@ -297,7 +299,7 @@ class _Run:
                 {k: v for k, v in result.as_dict().items() if k not in ("metrics", "run_dir", "mlflow_run_id")},
                 figure,
                 self.run_dir / "model.safetensors" if state else None,
-                self.plan.replica.model if state else None,
+                self.plan.replica.plain_model() if state else None,
                 self.plan.example,
             )
         )
@@ -388,10 +390,11 @@ def _cluster(plan: Plan) -> Cluster:
     return RayCluster(config.cluster.address, resources, config.cluster.start_seconds, state)
 
 
-def _every_steps(plan: Plan) -> int:
+def _mlflow(plan: Plan) -> Mlflow:
     every = plan.config.tracking.every
-    chosen = plan.every_steps(every) if every is not None else None
-    return chosen or max(1, plan.steps // POINTS)
+    if every is None:
+        return Mlflow(every_steps=max(1, plan.steps // POINTS))
+    return Mlflow(plan.every_steps(every) or 1, every.seconds)
 
 
 def _tags(plan: Plan) -> dict[str, str]:
@@ -411,17 +414,22 @@ def _process_start() -> float:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: everything is stopped. Elsewhere than in the main thread, nothing changes."""
+def _interruptible(deaf: Callable[[], bool]) -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does, and neither interrupts what ends the processes.
+
+    Elsewhere than in the main thread nothing changes.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        if not deaf():
+            raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

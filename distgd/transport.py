@@ -6,10 +6,13 @@ may put them into shared memory.
 
 Shards and the driver listen, everybody dials, and an answer goes back over the connection that the asker made, so
 workers listen on nothing. Peers prove to each other that they know the run's secret: HMAC-SHA256 over both nonces,
-incarnations and roles, once per connection (challenge-response as in RFC 2195, in both directions). The payload is in
-clear.
+incarnations and roles, once per connection (challenge-response as in RFC 2195, in both directions). From the same
+transcript each side derives a ticket that begins all its messages on that connection: ZeroMQ reconnects by itself, and
+who took over a dead peer's address, or its routing id, does not know the ticket. The payload is in clear; who can read
+or change what is on the wire is not kept out.
 
-Messages between two processes arrive in order and at most once. What was under way to a process that died is lost.
+Messages between two processes arrive in order and at most once. What was under way to a process that died, or over a
+connection that broke, is lost; the next message over a new connection makes the dialer prove itself again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import math
 import secrets
 import sys
 import time
@@ -28,12 +32,16 @@ from typing import Any, Protocol
 import numpy as np
 import zmq
 
+from distgd.errors import RunFailed
 from distgd.wire import Codec
 
 log = logging.getLogger("distgd.transport")
 
-LINGER_MS = 1000  # how long what was sent last may take to leave at close
+LINGER = 1.0  # seconds that what was sent last may take to prove itself, and again to leave, at close
+BURST = 64  # messages taken from one socket before the clock is looked at, so that no flood outlasts a deadline
 NONCE = 32  # bytes
+TICKET = 16  # bytes
+WHO = 256  # bytes; what a stranger says of himself is parsed before he has proved anything
 STRANGERS = 1024  # connections that may be about to prove themselves at one time
 HELLO, CHALLENGE, PROOF, DATA, UNKNOWN = b"H", b"C", b"P", b"D", b"?"
 
@@ -54,13 +62,22 @@ class Endpoint(Protocol):
 # ZeroMQ.
 
 
+@dataclass(frozen=True)
+class _Session:
+    """A connection whose two ends have proved themselves; `ours` and `theirs` begin every message of an end."""
+
+    peer: int
+    ours: bytes
+    theirs: bytes
+
+
 @dataclass
 class _Dialed:
-    """A connection that this process made; what is sent before the peer has proved itself waits in `outbox`."""
+    """A connection that this process made; what is sent before there is a session waits in `outbox`."""
 
     socket: zmq.Socket[bytes]
     nonce: bytes = b""
-    proved: bool = False
+    session: _Session | None = None
     outbox: deque[list[Any]] = field(default_factory=deque)
 
 
@@ -71,7 +88,15 @@ class ZmqEndpoint:
         me, role: who this is; part of what is proved.
         secret: the run's, at least 16 bytes.
         listen: `ipc` (this host, no file: an abstract socket on Linux), `tcp` (a free port of `host`), both or none.
-        max_bytes: the largest frame that is taken; a peer that sends more is cut off.
+        max_bytes: the largest array that is sent or taken; a peer that sends more is cut off.
+
+    Example::
+
+        server = ZmqEndpoint(1, "server", secret, codec, listen=("ipc",))
+        worker = ZmqEndpoint(2, "worker", secret, codec)
+        worker.connect(1, server.addresses[0])
+        worker.send(1, message)
+        server.receive(timeout=5.0)  # (2, message)
     """
 
     def __init__(
@@ -89,11 +114,11 @@ class ZmqEndpoint:
         self._poller = zmq.Poller()
         self._dialed: dict[int, _Dialed] = {}
         self._by_socket: dict[zmq.Socket[bytes], int] = {}
-        self._routes: dict[bytes, int] = {}  # who has proved to be behind a connection that was made to us
+        self._sessions: dict[bytes, _Session] = {}  # by routing id: the connections that were made to us
         self._route_to: dict[int, bytes] = {}
         self._strangers: dict[bytes, tuple[bytes, int, str]] = {}  # the transcript each has to sign
         self._waiting: dict[int, deque[list[Any]]] = {}  # for peers that have not dialed yet
-        self._inbox: deque[tuple[int, Any]] = deque()
+        self._inbox: deque[tuple[int, list[Any]]] = deque()
         self._warned: set[str] = set()
         self.refused = 0
         """Connections and messages that were refused so far."""
@@ -106,7 +131,7 @@ class ZmqEndpoint:
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, LINGER_MS)
+        socket.setsockopt(zmq.LINGER, int(LINGER * 1000))
         socket.setsockopt(zmq.SNDHWM, 0)  # the protocol bounds what is under way; a full queue would block or drop
         socket.setsockopt(zmq.RCVHWM, 0)
         socket.setsockopt(zmq.MAXMSGSIZE, self._max_bytes)
@@ -131,8 +156,16 @@ class ZmqEndpoint:
         self._greet(dialed)
 
     def send(self, to: int, message: Any) -> None:
-        """Send, or queue until `to` has proved itself. Arrays may not be rewritten before the receiver has answered."""
+        """Send, or queue until `to` has proved itself. Arrays may not be rewritten before the receiver has answered.
+
+        Raises:
+            RunFailed: part of it is larger than `max_bytes`; the receiver would cut the connection.
+        """
         frames = self._codec.encode(message)
+        if (largest := max(map(len, frames))) > self._max_bytes:
+            raise RunFailed(
+                f"{type(message).__name__} to {to}: expected at most {self._max_bytes} bytes in a piece, found {largest}"
+            )
         dialed = self._dialed.get(to)
         if dialed is None:
             route = self._route_to.get(to)
@@ -140,29 +173,38 @@ class ZmqEndpoint:
                 self._waiting.setdefault(to, deque()).append(frames)
             else:
                 self._to_route(route, frames)
-        elif dialed.proved:
-            dialed.socket.send_multipart([DATA, *frames], copy=False)
-        else:
+        elif dialed.session is None:
             dialed.outbox.append(frames)
+        else:
+            dialed.socket.send_multipart([dialed.session.ours, *frames], copy=False)
 
     def _to_route(self, route: bytes, frames: list[Any]) -> None:
         assert self._router is not None
-        self._router.send_multipart([route, DATA, *frames], copy=False)
+        self._router.send_multipart([route, self._sessions[route].ours, *frames], copy=False)
 
     def receive(self, timeout: float) -> tuple[int, Any] | None:
-        """The next message and its sender; None after `timeout` seconds."""
+        """The next message and its sender; None after `timeout` seconds.
+
+        Raises:
+            MalformedMessage: a peer that knows the secret sent what is no message here. It is lost, nothing else is.
+        """
         until = time.monotonic() + timeout
-        while not self._inbox:
-            left = until - time.monotonic()
-            ready = self._poller.poll(max(0, int(left * 1000 + 0.999)))
-            for socket, _ in ready:
-                self._drain(socket)
-            if not ready and left <= 0:
-                return None
-        return self._inbox.popleft()
+        while not self._inbox and self._take_in(until):
+            pass
+        if not self._inbox:
+            return None
+        source, frames = self._inbox.popleft()
+        return source, self._codec.decode(frames)
+
+    def _take_in(self, until: float) -> bool:
+        """Wait for something to arrive and sort it; False once `until` is over."""
+        left = until - time.monotonic()
+        for socket, _ in self._poller.poll(max(0, math.ceil(left * 1000))):
+            self._drain(socket)
+        return left > 0
 
     def _drain(self, socket: zmq.Socket[bytes]) -> None:
-        while True:
+        for _ in range(BURST):
             try:
                 frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -173,8 +215,12 @@ class ZmqEndpoint:
                 self._from_dialed(self._by_socket[socket], frames)
 
     def close(self) -> None:
-        """Close every connection; what was sent gets a second to leave."""
+        """Close every connection. What was sent before gets a second to prove itself and a second to leave."""
+        until = time.monotonic() + LINGER
+        while any(dialed.outbox for dialed in self._dialed.values()) and self._take_in(until):
+            pass
         for socket in [*self._by_socket, *([self._router] if self._router else [])]:
+            self._poller.unregister(socket)
             socket.close()
         self._by_socket.clear()
         self._dialed.clear()
@@ -184,49 +230,54 @@ class ZmqEndpoint:
     # The proof, at the side that dialed.
 
     def _greet(self, dialed: _Dialed) -> None:
-        dialed.nonce, dialed.proved = secrets.token_bytes(NONCE), False
+        dialed.nonce, dialed.session = secrets.token_bytes(NONCE), None
         dialed.socket.send_multipart([HELLO, _who(self._me, self._role), dialed.nonce])
 
     def _from_dialed(self, peer: int, frames: list[Any]) -> None:
-        dialed, tag = self._dialed[peer], bytes(frames[0])
-        if tag == CHALLENGE and not dialed.proved and len(frames) == 4:
-            who, nonce, signature = (bytes(frame) for frame in frames[1:])
-            transcript = self._transcript(_who(self._me, self._role), dialed.nonce, who, nonce)
-            if _read_who(who)[0] != peer or not hmac.compare_digest(self._sign(b"listener", transcript), signature):
-                self._refuse(f"the listener at incarnation {peer}'s address does not know this run's secret")
-                return
-            dialed.socket.send_multipart([PROOF, self._sign(b"dialer", transcript)])
-            dialed.proved = True
-            while dialed.outbox:
-                dialed.socket.send_multipart([DATA, *dialed.outbox.popleft()], copy=False)
-        elif tag == DATA and dialed.proved:
-            self._inbox.append((peer, self._codec.decode(frames[1:])))
-        elif tag == UNKNOWN and dialed.proved:
-            self._greet(dialed)
+        dialed, tag = self._dialed[peer], _tag(frames)
+        session = dialed.session
+        if session is not None and hmac.compare_digest(tag, session.theirs):
+            self._inbox.append((peer, frames[1:]))
+        elif tag == UNKNOWN:
+            if session is not None:
+                self._greet(dialed)
+        elif tag == CHALLENGE and session is None and len(frames) == 4:
+            self._prove(peer, dialed, *(bytes(frame) for frame in frames[1:]))
         else:
-            self._refuse(f"a listener that has not proved itself at incarnation {peer}'s address sent {tag!r}")
+            self._refuse(f"a listener that has not proved itself at incarnation {peer}'s address sent {tag[:1]!r}")
+
+    def _prove(self, peer: int, dialed: _Dialed, who: bytes, nonce: bytes, signature: bytes) -> None:
+        transcript = self._transcript(_who(self._me, self._role), dialed.nonce, who, nonce)
+        if _read_who(who)[0] != peer or not hmac.compare_digest(self._sign(b"listener", transcript), signature):
+            self._refuse(f"the listener at incarnation {peer}'s address does not know this run's secret, or is another")
+            return
+        ours, theirs = self._tickets(transcript)
+        dialed.session = _Session(peer, ours, theirs)
+        dialed.socket.send_multipart([PROOF, self._sign(b"dialer", transcript)])
+        while dialed.outbox:
+            dialed.socket.send_multipart([ours, *dialed.outbox.popleft()], copy=False)
 
     # The proof, at the side that listens.
 
     def _from_route(self, route: bytes, frames: list[Any]) -> None:
-        tag = bytes(frames[0]) if frames else b""
-        if tag == DATA and route in self._routes:
-            self._inbox.append((self._routes[route], self._codec.decode(frames[1:])))
-        elif not route.startswith(b"\0"):  # an identity that a peer chose for itself
+        tag, session = _tag(frames), self._sessions.get(route)
+        if not route.startswith(b"\0"):
             self._refuse("a peer chose its own routing id")
-        elif tag == HELLO and len(frames) == 3:
+        elif session is not None and hmac.compare_digest(tag, session.theirs):
+            self._inbox.append((session.peer, frames[1:]))
+        elif tag == HELLO and session is None and len(frames) == 3:
             self._challenge(route, bytes(frames[1]), bytes(frames[2]))
-        elif tag == PROOF and len(frames) == 2:
+        elif tag == PROOF and session is None and len(frames) == 2:
             self._judge(route, bytes(frames[1]))
         else:
-            self._refuse(f"a peer that has not proved itself sent {tag!r}")
-            if tag == DATA and self._router is not None:
+            self._refuse(f"a peer {'of another' if session else 'without a'} session sent {tag[:1]!r}")
+            if tag.startswith(DATA) and self._router is not None:
                 self._router.send_multipart([route, UNKNOWN])
 
     def _challenge(self, route: bytes, who: bytes, nonce: bytes) -> None:
         assert self._router is not None
         incarnation, role = _read_who(who)
-        if incarnation < 0 or len(nonce) != NONCE:
+        if incarnation < 0 or incarnation == self._me or len(nonce) != NONCE:
             self._refuse("a peer's greeting was not one")
             return
         mine, my_nonce = _who(self._me, self._role), secrets.token_bytes(NONCE)
@@ -239,12 +290,13 @@ class ZmqEndpoint:
     def _judge(self, route: bytes, signature: bytes) -> None:
         transcript, incarnation, role = self._strangers.pop(route, (b"", -1, ""))
         if not transcript or not hmac.compare_digest(self._sign(b"dialer", transcript), signature):
-            self._refuse(f"a peer that calls itself {role} {incarnation} does not know this run's secret")
+            self._refuse(f"a peer that calls itself {role!r} {incarnation} does not know this run's secret")
             return
-        former = self._route_to.pop(incarnation, None)
-        if former is not None:
-            self._routes.pop(former, None)
-        self._routes[route], self._route_to[incarnation] = incarnation, route
+        former = self._route_to.get(incarnation)
+        if former is not None:  # it dialed again: ZeroMQ reconnected
+            del self._sessions[former]
+        theirs, ours = self._tickets(transcript)
+        self._sessions[route], self._route_to[incarnation] = _Session(incarnation, ours, theirs), route
         for frames in self._waiting.pop(incarnation, ()):
             self._to_route(route, frames)
 
@@ -255,6 +307,11 @@ class ZmqEndpoint:
     def _sign(self, side: bytes, transcript: bytes) -> bytes:
         return hmac.digest(self._secret, b"distgd " + side + b" " + transcript, "sha256")
 
+    def _tickets(self, transcript: bytes) -> tuple[bytes, bytes]:
+        """What begins the dialer's messages, and what begins the listener's."""
+        dialer, listener = (self._sign(side, transcript)[:TICKET] for side in (b"dialer sends", b"listener sends"))
+        return DATA + dialer, DATA + listener
+
     def _refuse(self, why: str) -> None:
         self.refused += 1
         if why not in self._warned and len(self._warned) < 100:
@@ -262,11 +319,17 @@ class ZmqEndpoint:
             log.warning("refused: %s", why)
 
 
+def _tag(frames: list[Any]) -> bytes:
+    return bytes(frames[0]) if frames and len(frames[0]) <= len(DATA) + TICKET else b""
+
+
 def _who(incarnation: int, role: str) -> bytes:
     return json.dumps([incarnation, role]).encode()
 
 
 def _read_who(who: bytes) -> tuple[int, str]:
+    if len(who) > WHO:
+        return -1, ""
     try:
         incarnation, role = json.loads(who)
         return (incarnation, role) if type(incarnation) is int and isinstance(role, str) else (-1, "")

@@ -10,6 +10,7 @@ keeps nothing that cannot be computed again. It rewrites no gradient that it pus
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd.config import Data, TaskSection
-from distgd.errors import RunFailed
+from distgd.errors import BadInput, RunFailed
 from distgd.layout import Layout, Slice
 from distgd.reduce import Node, Sum, Tree, maximal
 from distgd.replica import Replica, SlotGradient
@@ -70,6 +71,9 @@ class WorkerSpec:
             RunFailed: names, shapes or the number of samples differ from the driver's.
         """
         torch.set_num_threads(self.threads)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            do = "set cluster.gpus=1 so that Ray finds one, or cluster.device=cpu cluster.gpus=0"
+            raise BadInput.at("cluster.device", "a CUDA GPU for every worker", f"none on {platform.node()}", do)
         replica = Replica(self.task.load(), self.seed, self.device, self.frozen, self.clip)
         if replica.layout != self.layout:
             theirs = {(e.name, e.shape) for e in self.layout.entries}

@@ -242,3 +242,41 @@ def wait_until(true: Callable[[], bool], seconds: float) -> None:
     while not true():
         assert time.monotonic() < until, f"not so after {seconds} s"
         time.sleep(0.1)
+
+
+class Stuck(OddTask):
+    """Never comes back from the second step."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        if model.training and not torch.equal(model.norm.running_mean, torch.zeros(7)):
+            time.sleep(1000)
+        return super().loss(model, batch)
+
+
+def test_a_deadline_names_who_was_waited_for_and_in_which_phase(ray_cluster: None, tmp_path: Path) -> None:
+    how = {"batch": {"size": 32, "slots": 2}, "cluster": {"deadline": 2.0, "servers": 2}}
+    with pytest.raises(DeadlineExceeded) as caught:
+        train(sections(tmp_path, **how), task=Stuck(112))
+    assert "train: waited 2 s for step 1 to be committed" in str(caught.value)
+    assert "worker 0: does not answer" in str(caught.value)
+    assert "shard 0: at version 1, waits for slots [0, 1]" in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("cluster", "words"),
+    [
+        ({"gpus": 1.0}, "cluster.gpus: expected at most the 0 GPUs of this machine in all, found 2.0"),
+        ({"device": "cuda"}, "cluster.device: expected a CUDA GPU for every worker, found 'none on"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_bad_input(tmp_path: Path, cluster: dict[str, Any], words: str) -> None:
+    config = {**sections(tmp_path, cluster=cluster), "task": "digits"}
+    file = tmp_path / "gpu.yaml"
+    file.write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "distgd", "train", str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

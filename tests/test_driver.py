@@ -1,0 +1,374 @@
+"""The driver by hand: whose slots go where, what is evaluated and recorded, and how a run ends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distgd import events as ev
+from distgd.driver import FINAL, Account, Assignment, Cast, Driver, Finish, Log
+from distgd.errors import BadInput, Diverged, ProcessLost, RunFailed
+from distgd.optim import OptimizerSpec, Schedule
+from distgd.sources import Order
+
+ORDER = Order(samples=22, batch=8, slots=4, seed=0)  # 3 steps an epoch; the last has 6 samples
+RAGGED = Order(samples=10, batch=8, slots=4, seed=0)  # 2 steps; the last has 2 samples, so 2 of its slots are empty
+SHARDS, WORKERS, EVALUATOR = (1, 2), (3, 4, 5), 6
+CAST = Cast(1, SHARDS, WORKERS, EVALUATOR)
+ALONE = Cast(1, SHARDS, WORKERS, None)
+
+
+class Stage:
+    """A driver, and everything that it wants done."""
+
+    def __init__(
+        self,
+        *,
+        staged: bool = True,
+        bound: int | None = None,
+        steps: int = 6,
+        every: int | None = 2,
+        seconds: float | None = None,
+        order: Order = ORDER,
+        cast: Cast = ALONE,
+    ) -> None:
+        self.order = order
+        optimizer, schedule = OptimizerSpec("SGD", {"lr": 0.5}), Schedule("constant")
+        assignment = Assignment(order, steps, staged, bound, optimizer, schedule, every, seconds)
+        self.driver = Driver(cast, assignment, 0.0)
+        self.now = 0.0
+        self.effects: list[Any] = list(self.driver.start())
+
+    def give(self, source: int, event: Any) -> list[Any]:
+        effects = self.driver.handle(source, event, self.now)
+        self.effects += effects
+        return effects
+
+    def commit(self, step: int, slots: Any = range(4), *, bad: tuple[int, ...] = (), late: int = 0) -> list[Any]:
+        slots = tuple(slots)
+        times = {WORKERS[0]: {"compute": 0.1}}
+        return self.give(
+            SHARDS[0],
+            ev.StepCommitted(1, step, not bad, slots, bad, self.stats(step, slots), times, late, 1.0, 1.0, 0.0),
+        )
+
+    def stats(self, step: int, slots: tuple[int, ...]) -> tuple[ev.SlotStats, ...]:
+        counts = {k: int(np.subtract(*self.order.places(step, k)[::-1])) for k in slots}
+        return tuple(ev.SlotStats(k, n, float(n), float("nan") if n == 0 else 0.25, 1.0, 0.1) for k, n in counts.items())
+
+    def end(self, worker: int, lease: ev.LeaseGranted, outcome: str = "applied", **more: Any) -> list[Any]:
+        (stats,) = self.stats(lease.step, (lease.slot,))
+        ended = ev.LeaseEnded(
+            1, lease.lease, lease.step, lease.slot, outcome, more.pop("bad", False), (0, 2), stats, {"compute": 0.1}
+        )
+        return self.give(worker, ended)
+
+    def request(self, worker: int) -> list[Any]:
+        return self.give(worker, ev.LeaseRequested(1))
+
+    def sent(self, kind: type, effects: list[Any] | None = None) -> list[tuple[int, Any]]:
+        found = self.effects if effects is None else effects
+        return [(e.to, e.message) for e in found if isinstance(e, ev.Send) and isinstance(e.message, kind)]
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [e.line for e in self.effects if isinstance(e, Account)]
+
+    def logs(self, kind: str) -> list[dict[str, Any]]:
+        return [e.event for e in self.effects if isinstance(e, Log) and e.event["event"] == kind]
+
+    def finish(self) -> list[Finish]:
+        return [e for e in self.effects if isinstance(e, Finish)]
+
+    def deliver_final(self) -> list[Any]:
+        weights = np.zeros(1)
+        return [
+            e for i, shard in enumerate(SHARDS) for e in self.give(shard, ev.SnapshotSent(1, FINAL, i, 6, weights, None))
+        ]
+
+    def evaluated(self, number: int, version: int) -> list[Any]:
+        return self.give(EVALUATOR, ev.Evaluated(1, number, version, {"loss": 0.5}, 0.1))
+
+
+class TestMembership:
+    def test_all_are_told_who_is_who_at_the_start(self) -> None:
+        stage = Stage(cast=CAST)
+        told = stage.sent(ev.MembershipChanged)
+        assert [to for to, _ in told] == [1, 2, 3, 4, 5, 6]
+        (message,) = {m for _, m in told}
+        assert message.live == frozenset(range(7))
+        assert message.newest == 6
+        assert message.table == (3, 3, 4, 5)
+
+    def test_the_slots_of_the_lost_go_to_the_others(self) -> None:
+        stage = Stage()
+        effects = stage.give(4, ev.ProcessLost(4, "killed"))
+        told = stage.sent(ev.MembershipChanged, effects)
+        assert [to for to, _ in told] == [1, 2, 3, 5]
+        assert {m.table for _, m in told} == {(3, 3, 5, 5)}
+        assert {m.number for _, m in told} == {2}
+        assert all(4 not in m.live and m.newest == 5 for _, m in told)
+        (fault,) = stage.logs("fault")
+        assert fault["message"] == "worker 1 is gone: killed"
+
+    def test_lost_twice_is_lost_once(self) -> None:
+        stage = Stage()
+        stage.give(4, ev.ProcessLost(4, "killed"))
+        assert stage.give(4, ev.ProcessLost(4, "killed")) == []
+
+    def test_the_last_worker_ends_the_run(self) -> None:
+        stage = Stage()
+        for worker in WORKERS:
+            assert not stage.finish()
+            stage.give(worker, ev.ProcessLost(worker, "killed"))
+        (finish,) = stage.finish()
+        assert isinstance(finish.error, ProcessLost)
+        assert "worker 2 is gone: killed" in str(finish.error)
+
+    @pytest.mark.parametrize(("incarnation", "name"), [(2, "shard 1"), (EVALUATOR, "the evaluator")])
+    def test_a_shard_or_the_evaluator_ends_the_run(self, incarnation: int, name: str) -> None:
+        stage = Stage(cast=CAST)
+        stage.give(incarnation, ev.ProcessLost(incarnation, "out of memory"))
+        (finish,) = stage.finish()
+        assert isinstance(finish.error, ProcessLost)
+        assert f"{name} is gone: out of memory" in str(finish.error)
+
+    @pytest.mark.parametrize(("kind", "expected"), [("BadInput", BadInput), ("KeyError", RunFailed)])
+    def test_a_process_that_failed_ends_the_run_with_its_error(self, kind: str, expected: type) -> None:
+        stage = Stage()
+        stage.give(3, ev.ProcessFailed(1, kind, "no such file"))
+        (finish,) = stage.finish()
+        assert type(finish.error) is expected
+        assert "worker 0: no such file" in str(finish.error)
+
+    def test_the_dead_and_other_timelines_are_not_heard(self) -> None:
+        stage = Stage(staged=False)
+        stage.give(4, ev.ProcessLost(4, "killed"))
+        assert stage.request(4) == []
+        assert stage.give(3, ev.LeaseRequested(2)) == []
+
+
+class TestLeases:
+    def granted(self, effects: list[Any]) -> dict[int, ev.LeaseGranted]:
+        return {to: e.message for e in effects if isinstance(e, ev.Send) and isinstance(e.message, ev.LeaseGranted)
+                for to in [e.to]}  # fmt: skip
+
+    def test_at_most_one_more_than_the_bound_are_under_way(self) -> None:
+        stage = Stage(staged=False, bound=1)
+        grants = [self.granted(stage.request(worker)) for worker in WORKERS]
+        assert [sorted(g) for g in grants] == [[3], [4], []]
+        assert sorted(self.granted(stage.end(3, grants[0][3]))) == [5]
+
+    def test_a_worker_without_a_slot_goes_before_one_that_asks_ahead(self) -> None:
+        stage = Stage(staged=False, bound=1)
+        first = self.granted(stage.request(3))[3]
+        self.granted(stage.request(4))
+        stage.request(4)
+        stage.request(5)
+        assert sorted(self.granted(stage.end(3, first))) == [5]
+
+    def test_the_leases_of_the_lost_are_closed_and_granted_again(self) -> None:
+        stage = Stage(staged=False)
+        mine, ahead = (self.granted(stage.request(3))[3] for _ in range(2))
+        stage.request(4)
+        effects = stage.give(3, ev.ProcessLost(3, "killed"))
+        closed = stage.sent(ev.LeaseExpired, effects)
+        assert sorted((to, m.worker, m.lease) for to, m in closed) == [
+            (shard, 3, lease.lease) for shard in SHARDS for lease in (mine, ahead)
+        ]
+        again = [self.granted(stage.request(w))[w] for w in (4, 5)]
+        assert [(g.step, g.slot) for g in again] == [(0, 0), (0, 1)]
+        assert {g.lease for g in again}.isdisjoint({mine.lease, ahead.lease})
+
+    def test_what_the_lost_asked_for_is_not_granted(self) -> None:
+        stage = Stage(staged=False, bound=0)
+        stage.request(3)
+        stage.request(4)
+        assert self.granted(stage.give(4, ev.ProcessLost(4, "killed"))) == {}
+        assert self.granted(stage.give(3, ev.ProcessLost(3, "killed"))) == {}
+        assert sorted(self.granted(stage.request(5))) == [5]
+
+    def test_a_refused_lease_is_closed_on_all_shards_and_granted_again(self) -> None:
+        stage = Stage(staged=False, bound=0)
+        lease = self.granted(stage.request(3))[3]
+        stage.request(3)
+        effects = stage.end(3, lease, "gone")
+        assert [to for to, _ in stage.sent(ev.LeaseExpired, effects)] == list(SHARDS)
+        again = self.granted(effects)[3]
+        assert (again.step, again.slot) == (lease.step, lease.slot)
+        assert stage.lines() == []
+
+    def test_an_end_told_twice_counts_once(self) -> None:
+        stage = Stage(staged=False)
+        lease = self.granted(stage.request(3))[3]
+        stage.end(3, lease)
+        assert stage.end(3, lease) == []
+        assert len(stage.lines()) == 1
+
+    @pytest.mark.parametrize("order", [ORDER, RAGGED])
+    def test_every_slot_with_samples_is_granted_once_and_steps_are_counted(self, order: Order) -> None:
+        stage = Stage(staged=False, steps=2 * order.steps_per_epoch, order=order)
+        while grants := self.granted(stage.request(3)):
+            stage.end(3, grants[3])
+        assert covers(stage, epochs=2)
+        assert stage.driver.tally.steps == 2 * order.steps_per_epoch
+        assert stage.driver.tally.samples == 2 * order.samples
+        assert stage.driver.tally.versions == stage.driver.assignment.versions(2 * order.steps_per_epoch)
+        assert [e["metrics"]["staleness/max"] for e in stage.logs("step")] == [2.0] * stage.driver.tally.steps
+        assert {m.version for _, m in stage.sent(ev.TakeSnapshot)} == {stage.driver.tally.versions}
+
+
+def covers(stage: Stage, epochs: int) -> bool:
+    places = Counter((line["epoch"], p) for line in stage.lines() for p in range(line["first"], line["last"] + 1))
+    return places == Counter((e, p) for e in range(epochs) for p in range(stage.order.samples))
+
+
+class TestLedgerLines:
+    @pytest.mark.parametrize("order", [ORDER, RAGGED])
+    def test_they_have_every_place_once_an_epoch(self, order: Order) -> None:
+        stage = Stage(steps=2 * order.steps_per_epoch, order=order)
+        for step in range(2 * order.steps_per_epoch):
+            stage.commit(step)
+        assert covers(stage, epochs=2)
+        assert {line["state"] for line in stage.lines()} == {"applied"}
+
+    def test_what_a_quorum_left_out_is_dropped(self) -> None:
+        stage = Stage(steps=3)
+        for step, slots in enumerate([(0, 1, 3), (1, 2, 3), (0, 1, 2, 3)]):
+            stage.commit(step, slots, late=step)
+        assert covers(stage, epochs=1)
+        dropped = [(line["step"], line["slot"]) for line in stage.lines() if line["state"] == "dropped"]
+        assert dropped == [(0, 2), (1, 0)]
+        tally = stage.driver.tally
+        assert (tally.dropped, tally.samples, tally.late_slots) == (4, 18, 3)
+
+    def test_lines_name_timeline_and_generation(self) -> None:
+        stage = Stage()
+        stage.commit(0)
+        stage.give(4, ev.ProcessLost(4, "killed"))
+        stage.commit(1)
+        assert [line["generation"] for line in stage.lines()] == [1] * 4 + [2] * 4
+        assert {line["timeline"] for line in stage.lines()} == {1}
+
+
+class TestDiverged:
+    def test_a_skipped_step_names_step_and_slot(self) -> None:
+        stage = Stage()
+        stage.commit(0)
+        stage.commit(1, bad=(2,))
+        (finish,) = stage.finish()
+        assert isinstance(finish.error, Diverged)
+        assert str(finish.error).startswith("step 1, slot 2: expected a finite loss")
+        assert {line["step"] for line in stage.lines()} == {0}
+
+    def test_so_does_a_lease(self) -> None:
+        stage = Stage(staged=False)
+        lease = TestLeases().granted(stage.request(3))[3]
+        stage.end(3, lease, bad=True)
+        (finish,) = stage.finish()
+        assert isinstance(finish.error, Diverged)
+        assert str(finish.error).startswith("step 0, slot 0: ")
+        assert stage.lines() == []
+
+
+class TestEvaluation:
+    def asked(self, stage: Stage) -> list[int]:
+        """Versions asked for besides the last, each of shard 0 alone."""
+        asked = stage.sent(ev.TakeSnapshot)
+        assert {to for to, _ in asked} == {SHARDS[0]}
+        return [m.version for _, m in asked if m.number != FINAL]
+
+    def test_it_is_asked_for_ahead_of_time(self) -> None:
+        stage = Stage(cast=CAST, every=2)
+        assert self.asked(stage) == [2]
+        assert [(to, m.number) for to, m in stage.sent(ev.Evaluate)] == [(EVALUATOR, 1)]
+
+    def test_one_at_a_time_and_what_comes_due_meanwhile_is_skipped_and_counted(self) -> None:
+        stage = Stage(cast=CAST, every=2, steps=12)
+        for step in range(7):
+            stage.commit(step)
+        assert self.asked(stage) == [2]
+        stage.evaluated(1, 2)
+        assert self.asked(stage) == [2, 8], "4 and 6 came due while 2 was evaluated"
+        assert stage.driver.tally.skipped_evaluations == 2
+
+    def test_an_evaluation_is_logged_at_its_own_step(self) -> None:
+        stage = Stage(cast=CAST, every=2)
+        for step in range(3):
+            stage.commit(step)
+        stage.evaluated(1, 2)
+        (event,) = stage.logs("eval")
+        assert (event["step"], event["version"], event["metrics"]["eval/loss"]) == (2, 2, 0.5)
+
+    def test_by_seconds_it_is_asked_for_the_step_after(self) -> None:
+        stage = Stage(cast=CAST, every=None, seconds=10.0, steps=9)
+        stage.commit(0)
+        assert stage.sent(ev.TakeSnapshot) == []
+        stage.now = 11.0
+        stage.commit(1)
+        assert self.asked(stage) == [3]
+        stage.now = 35.0
+        stage.commit(2)
+        stage.evaluated(1, 3)
+        assert self.asked(stage) == [3, 4]
+        assert stage.driver.tally.skipped_evaluations == 1
+
+    @pytest.mark.parametrize("every", [1, 2, 3, 4, 6, 100])
+    @pytest.mark.parametrize("speed", ["at once", "at the end"])
+    def test_the_last_version_is_evaluated_exactly_once(self, every: int, speed: str) -> None:
+        stage = Stage(cast=CAST, every=every)
+        done = 0
+        for step in range(6):
+            stage.commit(step)
+            while speed == "at once" and len(asked := stage.sent(ev.Evaluate)) > done:
+                self.score(stage, asked[done][1].number, step)
+                done += 1
+        while len(asked := stage.sent(ev.Evaluate)) > done:
+            self.score(stage, asked[done][1].number, 5)
+            done += 1
+        stage.deliver_final()
+        steps = [event["step"] for event in stage.logs("eval")]
+        assert steps.count(6) == 1
+        assert steps == sorted(set(steps))
+        assert stage.finish() == [Finish(None)]
+
+    @staticmethod
+    def score(stage: Stage, number: int, step: int) -> None:
+        versions = {m.number: m.version for _, m in stage.sent(ev.TakeSnapshot)}
+        stage.evaluated(number, min(versions[number], 6))
+
+    @pytest.mark.parametrize("last", ["weights", "evaluation"])
+    def test_the_run_is_over_when_weights_and_evaluation_are_in(self, last: str) -> None:
+        stage = Stage(cast=CAST, every=100)
+        for step in range(6):
+            stage.commit(step)
+        assert [to for to, m in stage.sent(ev.SnapshotPulled) if m.number == FINAL] == list(SHARDS)
+        acts = [stage.deliver_final, lambda: stage.evaluated(FINAL, 6)]
+        for act in acts if last == "evaluation" else acts[::-1]:
+            assert not stage.finish()
+            act()
+        assert stage.finish() == [Finish(None)]
+
+    def test_without_an_evaluator_the_weights_are_enough(self) -> None:
+        stage = Stage()
+        for step in range(6):
+            stage.commit(step)
+        stage.deliver_final()
+        assert stage.finish() == [Finish(None)]
+        assert stage.sent(ev.Evaluate) == []
+
+    def test_in_bounded_mode_all_shards_are_asked_for_the_version_of_a_step(self) -> None:
+        stage = Stage(cast=CAST, staged=False, every=2, order=RAGGED)
+        asked = stage.sent(ev.TakeSnapshot)
+        assert sorted(to for to, _ in asked) == list(SHARDS)
+        assert {m.version for _, m in asked} == {6}, "4 slots of the first step and 2 of the short one"
+
+
+@pytest.mark.parametrize("order", [ORDER, RAGGED])
+def test_versions_and_steps_are_inverse(order: Order) -> None:
+    for staged in (True, False):
+        assignment = Stage(staged=staged, order=order).driver.assignment
+        for step in range(7):
+            assert assignment.steps_of(assignment.versions(step)) == step
