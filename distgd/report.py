@@ -96,7 +96,7 @@ def _draw_loss(axes: Axes, train: Curve, held_out: Curve) -> None:
 def _draw_accuracy(axes: Axes, accuracy: Curve) -> None:
     steps, values = accuracy
     axes.plot(steps, values, color=GREEN, linewidth=1.4, marker="s", markersize=4)
-    axes.annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(0, -14), textcoords="offset points", ha="right")
+    axes.set_title(f"last {values[-1]:.3f}", loc="right", fontsize="medium", color=GREEN)
     axes.set_ylabel("eval accuracy")
     axes.margins(y=0.15)
     _quiet(axes)

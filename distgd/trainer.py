@@ -11,6 +11,7 @@ MLflow's own store. Committed steps of a run that failed are in the first three;
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import json
 import logging
@@ -172,7 +173,7 @@ class _Run:
         self.cast = plan.cast()
         self.mlflow = _mlflow(plan) if plan.config.tracking.uri != "none" else None
         self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []))
-        self.ledger: IO[str] = (run_dir / "ledger.jsonl").open("a", encoding="utf-8")
+        self.ledger: IO[str] = (run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
 
     def execute(self, cluster: Cluster | None) -> Result:
         """Everything after the checks; the cluster is closed and the trackers are told, whatever happens."""
@@ -404,7 +405,10 @@ def _tags(plan: Plan) -> dict[str, str]:
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
         ).stdout.strip()
         packages |= {"mlflow.source.git.commit": described} if described else {}
-    return {**packages, "host": platform.node(), "python": platform.python_version(), "bits": plan.bits}
+    with suppress(KeyError, OSError):  # a user id without a name
+        packages["mlflow.user"] = getpass.getuser()
+    packages |= {"mlflow.source.name": "distgd", "host": platform.node(), "python": platform.python_version()}
+    return {**packages, "bits": plan.bits}
 
 
 def _process_start() -> float:

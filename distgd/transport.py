@@ -1,8 +1,7 @@
 """Messages between processes: ZeroMQ, and a twin in memory.
 
-An endpoint sends to incarnations and receives from them: `send(to, message)`, `receive(timeout)`, `close()`.
-What a message means is no business of this module, and how its arrays travel is none of the actors': a later endpoint
-may put them into shared memory.
+An endpoint sends to incarnations and receives from them. What a message means is no business of this module, and how
+its arrays travel is none of the actors': a later endpoint may put them into shared memory.
 
 Shards and the driver listen, everybody dials, and an answer goes back over the connection that the asker made, so
 workers listen on nothing. Peers prove to each other that they know the run's secret: HMAC-SHA256 over both nonces,
@@ -120,11 +119,9 @@ class ZmqEndpoint:
         self._waiting: dict[int, deque[list[Any]]] = {}  # for peers that have not dialed yet
         self._inbox: deque[tuple[int, list[Any]]] = deque()
         self._warned: set[str] = set()
-        self.refused = 0
-        """Connections and messages that were refused so far."""
+        self.refused = 0  # connections and messages so far
         self._router: zmq.Socket[bytes] | None = None
-        self.addresses: tuple[str, ...] = ()
-        """Where this process listens."""
+        self.addresses: tuple[str, ...] = ()  # where this process listens
         if listen:
             self._router = self._socket(zmq.ROUTER)
             self.addresses = tuple(self._bind(kind, host) for kind in listen)
@@ -162,25 +159,24 @@ class ZmqEndpoint:
             RunFailed: part of it is larger than `max_bytes`; the receiver would cut the connection.
         """
         frames = self._codec.encode(message)
-        if (largest := max(map(len, frames))) > self._max_bytes:
-            raise RunFailed(
-                f"{type(message).__name__} to {to}: expected at most {self._max_bytes} bytes in a piece, found {largest}"
-            )
+        if (found := max(map(len, frames))) > self._max_bytes:
+            kind = type(message).__name__
+            raise RunFailed(f"{kind} to {to}: expected at most {self._max_bytes} bytes in a piece, found {found}")
         dialed = self._dialed.get(to)
         if dialed is None:
             route = self._route_to.get(to)
             if route is None:
                 self._waiting.setdefault(to, deque()).append(frames)
             else:
-                self._to_route(route, frames)
+                self._answer(route, self._sessions[route].ours, *frames)
         elif dialed.session is None:
             dialed.outbox.append(frames)
         else:
             dialed.socket.send_multipart([dialed.session.ours, *frames], copy=False)
 
-    def _to_route(self, route: bytes, frames: list[Any]) -> None:
+    def _answer(self, route: bytes, *frames: Any) -> None:
         assert self._router is not None
-        self._router.send_multipart([route, self._sessions[route].ours, *frames], copy=False)
+        self._router.send_multipart([route, *frames], copy=False)
 
     def receive(self, timeout: float) -> tuple[int, Any] | None:
         """The next message and its sender; None after `timeout` seconds.
@@ -247,7 +243,7 @@ class ZmqEndpoint:
             self._refuse(f"a listener that has not proved itself at incarnation {peer}'s address sent {tag[:1]!r}")
 
     def _prove(self, peer: int, dialed: _Dialed, who: bytes, nonce: bytes, signature: bytes) -> None:
-        transcript = self._transcript(_who(self._me, self._role), dialed.nonce, who, nonce)
+        transcript = _transcript(_who(self._me, self._role), dialed.nonce, who, nonce)
         if _read_who(who)[0] != peer or not hmac.compare_digest(self._sign(b"listener", transcript), signature):
             self._refuse(f"the listener at incarnation {peer}'s address does not know this run's secret, or is another")
             return
@@ -271,21 +267,20 @@ class ZmqEndpoint:
             self._judge(route, bytes(frames[1]))
         else:
             self._refuse(f"a peer {'of another' if session else 'without a'} session sent {tag[:1]!r}")
-            if tag.startswith(DATA) and self._router is not None:
-                self._router.send_multipart([route, UNKNOWN])
+            if tag.startswith(DATA):
+                self._answer(route, UNKNOWN)
 
     def _challenge(self, route: bytes, who: bytes, nonce: bytes) -> None:
-        assert self._router is not None
         incarnation, role = _read_who(who)
         if incarnation < 0 or incarnation == self._me or len(nonce) != NONCE:
             self._refuse("a peer's greeting was not one")
             return
         mine, my_nonce = _who(self._me, self._role), secrets.token_bytes(NONCE)
-        transcript = self._transcript(who, nonce, mine, my_nonce)
+        transcript = _transcript(who, nonce, mine, my_nonce)
         while len(self._strangers) >= STRANGERS:
             self._strangers.pop(next(iter(self._strangers)))
         self._strangers[route] = (transcript, incarnation, role)
-        self._router.send_multipart([route, CHALLENGE, mine, my_nonce, self._sign(b"listener", transcript)])
+        self._answer(route, CHALLENGE, mine, my_nonce, self._sign(b"listener", transcript))
 
     def _judge(self, route: bytes, signature: bytes) -> None:
         transcript, incarnation, role = self._strangers.pop(route, (b"", -1, ""))
@@ -298,11 +293,7 @@ class ZmqEndpoint:
         theirs, ours = self._tickets(transcript)
         self._sessions[route], self._route_to[incarnation] = _Session(incarnation, ours, theirs), route
         for frames in self._waiting.pop(incarnation, ()):
-            self._to_route(route, frames)
-
-    @staticmethod
-    def _transcript(dialer: bytes, dialer_nonce: bytes, listener: bytes, listener_nonce: bytes) -> bytes:
-        return json.dumps([part.hex() for part in (dialer, dialer_nonce, listener, listener_nonce)]).encode()
+            self._answer(route, ours, *frames)
 
     def _sign(self, side: bytes, transcript: bytes) -> bytes:
         return hmac.digest(self._secret, b"distgd " + side + b" " + transcript, "sha256")
@@ -323,15 +314,17 @@ def _tag(frames: list[Any]) -> bytes:
     return bytes(frames[0]) if frames and len(frames[0]) <= len(DATA) + TICKET else b""
 
 
+def _transcript(dialer: bytes, dialer_nonce: bytes, listener: bytes, listener_nonce: bytes) -> bytes:
+    return json.dumps([part.hex() for part in (dialer, dialer_nonce, listener, listener_nonce)]).encode()
+
+
 def _who(incarnation: int, role: str) -> bytes:
     return json.dumps([incarnation, role]).encode()
 
 
 def _read_who(who: bytes) -> tuple[int, str]:
-    if len(who) > WHO:
-        return -1, ""
     try:
-        incarnation, role = json.loads(who)
+        incarnation, role = json.loads(who) if len(who) <= WHO else (-1, "")
         return (incarnation, role) if type(incarnation) is int and isinstance(role, str) else (-1, "")
     except (ValueError, TypeError):
         return -1, ""
@@ -397,7 +390,6 @@ class InMemoryEndpoint:
         self._me = me
 
     def send(self, to: int, message: Any) -> None:
-        """Hand a message to the network's scheduler."""
         self._network.send(Envelope(self._me, to, message))
 
     def receive(self, timeout: float) -> tuple[int, Any] | None:
@@ -405,5 +397,4 @@ class InMemoryEndpoint:
         return self._network.take(self._me)
 
     def close(self) -> None:
-        """Leave the network."""
         self._network.leave(self._me)

@@ -71,9 +71,10 @@ def staleness(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def bounded_run(plan: Plan, seed: int) -> Simulated:
-    """One worker is slow, the first one dies at a time drawn from the seed."""
-    dies = random.Random(seed).uniform(0.0, 0.03)
-    return run(plan, InProcessCluster(seed, slowed(plan), {plan.cast().workers[0]: dies}))
+    """The last worker is slow, half of all workers die at times drawn from the seed."""
+    rng, workers = random.Random(seed), plan.cast().workers
+    lose = {worker: rng.uniform(0.0, 0.03) for worker in rng.sample(workers[:-1], len(workers) // 2)}
+    return run(plan, InProcessCluster(seed, slowed(plan), lose))
 
 
 @pytest.mark.parametrize(("workers", "servers"), list(product((2, 4, 8, 16), (1, 3))))
@@ -282,7 +283,7 @@ def test_nothing_comes_where_nothing_ever_will() -> None:
 def test_the_last_worker_or_a_shard_lost_ends_the_run(mode: str) -> None:
     plan = counting(mode, 2, 2, **MODES[mode])
     cast = plan.cast()
-    gone = run(plan, InProcessCluster(0, lose={worker: 0.005 for worker in cast.workers}))
+    gone = run(plan, InProcessCluster(0, lose=dict.fromkeys(cast.workers, 0.005)))
     assert type(gone.error).__name__ == "ProcessLost"
     assert "worker" in str(gone.error)
     assert "shard 1" in str(run(plan, InProcessCluster(0, lose={cast.shards[1]: 0.005})).error)

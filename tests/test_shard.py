@@ -1,4 +1,4 @@
-"""Shards wired by hand: nothing is applied before the decision, every slot once, the same bits on any number of them."""
+"""Shards wired by hand: nothing applies before the decision, every slot once, the same bits on any number of them."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ class Wire:
         for part in LAYOUT.slices(shards):
             weights = initial()[part.start : part.stop].clone()
             pieces = [(p.name, weights[p.start : p.start + p.size]) for p in part.pieces]
-            rule = policy or Staged(
-                slots=len(WEIGHTS), quorum=self.quorum, shards=shards, measure=clip is not None
-            )
+            rule = policy or Staged(slots=len(WEIGHTS), quorum=self.quorum, shards=shards, measure=clip is not None)
             buffers = np.zeros(8, dtype=np.uint8) if part.index == 0 else None
             eager = self.quorum == len(WEIGHTS)
             made = Shard(

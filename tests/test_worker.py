@@ -294,7 +294,9 @@ class TestLeases:
         desk, _ = self.granted(lease=1)
         desk.all_weights(0, lease=1)
         desk.compute()
-        messages = [m for i, what in enumerate(("covered", "applied", "covered")) for m in self.answer(desk, i, 1, what)]
+        messages = [
+            m for i, what in enumerate(("covered", "applied", "covered")) for m in self.answer(desk, i, 1, what)
+        ]
         assert [m.outcome for m in messages] == ["applied"]
 
     def test_a_new_membership_does_not_ask_again(self) -> None:

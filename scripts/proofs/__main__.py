@@ -1,0 +1,41 @@
+"""`scripts/prove NAME [--quick] [--row N]`: run a proof's rows; exit 0 if all pass, 1 on a miss, 2 on bad arguments."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from proofs.rows import Outcome, Page, Proof
+
+PROOFS = ("train",)
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the rows asked for, printing each as it ends; a full run is written down."""
+    parser = argparse.ArgumentParser(prog="scripts/prove", description=__doc__)
+    parser.add_argument("name", metavar="NAME", choices=PROOFS, help=f"one of: {', '.join(PROOFS)}")
+    parser.add_argument("--quick", action="store_true", help="a shortened form of each row; nothing is written")
+    parser.add_argument("--row", type=int, metavar="N", help="row N alone; nothing is written")
+    asked = parser.parse_args(arguments)
+    proof: Proof = import_module(f"proofs.{asked.name}").proof
+    rows = [row for row in proof.rows if asked.row in (None, row.number)]
+    if not rows:
+        parser.error(f"--row: expected 1 to {len(proof.rows)}, found {asked.row}")
+    page = None if asked.quick or asked.row else Page(DOCS / f"{asked.name}.md")
+    outcomes: list[Outcome] = []
+    for row in rows:
+        outcomes.append(row.run(quick=asked.quick))
+        print(outcomes[-1].text(), flush=True)
+    if page is not None:
+        page.write(asked.name, outcomes)
+    missed = [outcome.number for outcome in outcomes if outcome.verdict != "pass"]
+    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} pass" + (f"; missed: {missed}" if missed else ""))
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
