@@ -89,8 +89,11 @@ def commands() -> None:
 def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> Payload:
     """Train what the file CONFIG says.
 
-    Single keys are changed behind it:  distgd train configs/quickstart.yaml cluster.workers=4 optimizer.lr=0.01
-    """
+    Single keys are changed behind it:
+
+    \b
+        distgd train configs/quickstart.yaml cluster.workers=4 optimizer.lr=0.01
+    """  # noqa: D301 - click reads the control character
     settings, name = _load(config, overrides), Path(config).stem
     return _plan(settings, name) if dry_run else _train(settings, name)
 
@@ -168,7 +171,10 @@ def show(config: str, overrides: tuple[str, ...]) -> Payload:
 @config.command()
 @as_json
 def schema() -> Payload:
-    """Print every key with its type, default and meaning; with --json the JSON schema."""
+    """Print every key of a config.
+
+    With its type, default and meaning; with --json as a JSON schema.
+    """
     from distgd.config import json_schema, schema_rows
 
     for row in schema_rows():
@@ -182,7 +188,10 @@ def schema() -> Payload:
     "--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Where the browser finds it."
 )
 def ui(run: str | None, port: int) -> None:
-    """Open the MLflow store of RUN, a run folder or a name under runs/, else the one in use here."""
+    """Open the MLflow page of a run.
+
+    RUN is a run folder or a name under runs/; without it the store in use here is opened.
+    """
     from distgd import tracking
 
     uri = _store(run, os.environ)

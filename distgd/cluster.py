@@ -25,6 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import psutil
+
 from distgd import events as ev
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError
 from distgd.transport import ZmqEndpoint
@@ -205,6 +207,7 @@ class RayCluster:
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if self._address is not None:
+            self._check_address(self._address)
             try:
                 ray.init(address=self._address, **quiet)
                 self._joined = True
@@ -227,6 +230,17 @@ class RayCluster:
                 _temp_dir=str(self._private),
                 **quiet,
             )
+
+    def _check_address(self, address: str) -> None:
+        """Ray itself tries for minutes, deaf to Ctrl-C."""
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit():
+            return
+        try:
+            socket.create_connection((host, int(port)), timeout=min(5.0, self._start_seconds)).close()
+        except OSError as error:
+            do = "start it with `ray start --head`, or remove the key to train on this machine"
+            raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", address, do) from error
 
     def _check_gpus(self, specs: Mapping[int, Spec]) -> None:
         """On a cluster of one's own nothing will be added, so that waiting for a GPU would be in vain."""
@@ -312,6 +326,7 @@ class RayCluster:
             ray.shutdown()
             self._joined = False
         if self._private is not None:
+            _end_all(self._private)
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
         self._restore_environment()
@@ -338,6 +353,14 @@ def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> di
         if peer != me and (near or far):
             peers[peer] = (near or far)[0]
     return peers
+
+
+def _end_all(private: Path) -> None:
+    """End what Ray may leave of a private cluster, by the folder that its processes were started with."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(private) in word for word in process.info["cmdline"] or []):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 def _nodes() -> list[dict[str, Any]]:

@@ -361,5 +361,5 @@ def _diverged(step: int, bad: tuple[int, ...], stats: tuple[ev.SlotStats, ...]) 
     found = {s.slot: f"loss {s.loss}, squared gradient norm {s.squared_norm}" for s in stats}
     return Diverged(
         f"step {step}, slot {slots}: expected a finite loss and gradient, found {found.get(bad[0], 'neither')}; "
-        "lower optimizer.lr, set optimizer.clip.norm, or look at these samples; nothing of this step was applied"
+        "lower optimizer.lr, set optimizer.clip.norm, or look at these samples; it was not applied"
     )

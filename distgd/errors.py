@@ -1,7 +1,7 @@
 """The error tree. A message says what was expected, what was found, and what to do.
 
 DistgdError                 exit 1
-├── BadInput                exit 2    a config, a file or a task that cannot be used; nothing was started
+├── BadInput                exit 2    a config, a file or a task that cannot be used; no step was computed
 ├── RunFailed               exit 1    the run began and could not go on
 │   ├── DeadlineExceeded    exit 1    a wait ended: who was waited for, in which phase, since when
 │   └── ProcessLost         exit 1    a process that the run cannot do without is gone
@@ -29,7 +29,7 @@ class DistgdError(Exception):
 
 
 class BadInput(DistgdError):
-    """Something that the user gave cannot be used. Nothing was started and nothing was written."""
+    """Something that the user gave cannot be used. No step was computed, and no run folder is left."""
 
     exit_code = 2
     status = "bad_input"

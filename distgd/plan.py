@@ -72,8 +72,9 @@ class Plan:
 
     @property
     def bits(self) -> str:
-        """Whether the weights are a pure function of config, seed and data on one kind of hardware."""
-        return "promised" if self.staged and self.quorum == self.order.slots else "not promised"
+        """Whether the weights are a pure function of config, seed and data on one kind of CPU."""
+        whole = self.staged and self.quorum == self.order.slots
+        return "promised" if whole and self.config.cluster.compute_device == "cpu" else "not promised"
 
     @property
     def model_name(self) -> str:

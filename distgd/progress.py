@@ -81,6 +81,8 @@ class Progress:
             self._write(f"fault at step {event['step']}: {event['message']}")
             return
         self._line.take(event)
+        if not event["step"]:
+            return
         if self._terminal:
             self._draw(event)
         elif self._pace.due(event):

@@ -9,10 +9,12 @@ The model's parameters are views of one flat vector on the device.
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,12 +165,15 @@ def _weighted(value: Tensor | float, samples: int) -> tuple[float, float]:
     return float(value) * samples, float(samples)
 
 
-def users_error(error: BaseException) -> str:
-    """The message of an error in the user's own code, with its frames and none of ours.
+OURS = Path(__file__).parent
+INSTALLED = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
 
-    An error of ours passes as it is.
+
+def users_error(error: BaseException) -> str:
+    """The message of an error in the user's own code, with the frames of that code alone.
+
+    Where there is none of it, the frames of installed packages stand in.
     """
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/distgd/" not in f.filename.replace("\\", "/")]
-    if not frames:
-        return f"{type(error).__name__}: {error}"
-    return f"{type(error).__name__}: {error}\n" + "".join(traceback.format_list(frames)).rstrip()
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(OURS)]
+    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in INSTALLED)]
+    return "\n".join([f"{type(error).__name__}: {error}", *traceback.format_list(own or frames)]).rstrip()

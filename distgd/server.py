@@ -41,7 +41,8 @@ class ServerSpec:
     role = "server"
 
     def build(self, clock: Callable[[], float]) -> Server:
-        """Make the server; one intra-op thread, so that its cost is the same wherever it runs."""
+        """Make the server; one intra-op thread, as many servers share a machine."""
+        torch.set_num_threads(1)
         return Server(self, clock)
 
     def policy(self) -> Policy:

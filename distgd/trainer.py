@@ -18,6 +18,7 @@ import logging
 import os
 import platform
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -192,6 +193,9 @@ class _Run:
         finally:
             self.ledger.close()
         result = self._finish(error)
+        if isinstance(error, BadInput):  # found on the cluster; the same command, corrected, starts anew
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            raise error
         if error is not None:
             error.result = result
             raise error

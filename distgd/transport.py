@@ -91,8 +91,7 @@ class ZmqEndpoint:
 
     Example::
 
-        server = ZmqEndpoint(1, "server", secret, codec, listen=("ipc",))
-        worker = ZmqEndpoint(2, "worker", secret, codec)
+        server, worker = ZmqEndpoint(1, "server", secret, codec, ("ipc",)), ZmqEndpoint(2, "worker", secret, codec)
         worker.connect(1, server.addresses[0])
         worker.send(1, message)
         server.receive(timeout=5.0)  # (2, message)
@@ -267,7 +266,7 @@ class ZmqEndpoint:
             self._judge(route, bytes(frames[1]))
         else:
             self._refuse(f"a peer {'of another' if session else 'without a'} session sent {tag[:1]!r}")
-            if tag.startswith(DATA):
+            if tag.startswith(DATA) and session is None:
                 self._answer(route, UNKNOWN)
 
     def _challenge(self, route: bytes, who: bytes, nonce: bytes) -> None:

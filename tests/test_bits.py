@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from simulate import OddTask, simulate
+from simulate import OddTask, config, simulate
 from torch import Tensor, nn
 
+from distgd.plan import prepare
 from distgd.reduce import split
 from distgd.sources import Order, open_source, seed_everything, slot_seed
 from distgd.weights import fingerprint
@@ -219,3 +220,13 @@ def test_tied_frozen_and_unused_parameters_train_as_in_plain_torch() -> None:
     assert 0 < unused < 12
     assert torch.equal(done.state["two.weight"], done.state["one.weight"])
     assert done.sha256 == fingerprint(model.state_dict())
+
+
+def test_bits_are_promised_in_full_sync_mode_on_a_cpu_alone() -> None:
+    def bits(**sections: Any) -> str:
+        return prepare(config(OddTask(106), batch={"size": 32, "slots": 4}, **sections), OddTask(106)).bits
+
+    assert bits() == "promised"
+    assert bits(consistency={"quorum": 3}) == "not promised"
+    assert bits(consistency={"mode": "async"}) == "not promised"
+    assert bits(cluster={"gpus": 1}) == "not promised"

@@ -168,6 +168,18 @@ def test_a_killed_worker_costs_its_recomputation_only(ray_cluster: None, tmp_pat
     assert result.weights_sha256 == simulate(task, cluster={"workers": 2}, **how).sha256
 
 
+def test_an_address_without_a_cluster_is_bad_input_at_once(tmp_path: Path) -> None:
+    config = {**sections(tmp_path, cluster={"address": "127.0.0.1:1"}), "task": "digits"}
+    file = tmp_path / "nowhere.yaml"
+    file.write_text(json.dumps(config))
+    done = subprocess.run(
+        [sys.executable, "-m", "distgd", "train", str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "cluster.address: expected a running Ray cluster" in done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "no run folder is left"
+
+
 def test_what_cannot_be_placed_is_an_error_that_says_what_there_is(ray_cluster: None) -> None:
     cluster = RayCluster(None, {"worker": Resources(500.0, 0.0)}, start_seconds=1.0, max_bytes=1 << 20)
     plan = simulate_plan()
@@ -199,12 +211,13 @@ def left_of(mark: str, folder: Path) -> set[str]:
     return processes | {str(path) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("end", ["success", "divergence", "interrupt"])
+@pytest.mark.parametrize("end", ["success", "divergence", "interrupt", "early"])
 def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
     more = {
         "success": ["stop.epochs=1"],
         "divergence": ["optimizer.name=sgd", "optimizer.lr=1e30"],
         "interrupt": ["stop.epochs=10000"],
+        "early": ["stop.epochs=10000"],
     }[end]
     mark, folder = f"mark-{os.getpid()}-{end}", Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))  # short, for sockets
     shared = set(Path("/dev/shm").iterdir())
@@ -229,8 +242,11 @@ def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
     if end == "interrupt":
         wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "runs").glob("*/metrics.jsonl")), 90)
         os.killpg(process.pid, signal.SIGINT)
+    if end == "early":  # while Ray starts
+        wait_until(lambda: any(folder.glob("distgd-*/session_2*/logs/*")), 60)
+        os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == {"success": 0, "divergence": 3, "interrupt": 130}[end], stderr
+    assert process.returncode == {"success": 0, "divergence": 3}.get(end, 130), stderr
     assert json.loads(stdout.splitlines()[-1])["status"] in ("completed", "diverged", "interrupted")
     wait_until(lambda: not left_of(mark, folder), 10)
     assert {path for path in Path("/dev/shm").iterdir() if "distgd" in path.name} <= shared

@@ -242,6 +242,13 @@ class TestStageThenCommit:
         assert torch.equal(wire.weights, plain.weights), "a push of a decided step changes nothing"
         assert sorted(s.slot for s in wire.committed()[0].stats) == list(EVERY), "nobody's statistics count twice"
 
+    def test_statistics_of_replaced_pushes_do_not_count(self) -> None:
+        wire, plain = Wire(2), Plain()
+        wire.push_all(0, [(0, 1), (2, 3), (0, 4), (4, 5)])
+        plain.step(0, EVERY)
+        assert torch.equal(wire.weights, plain.weights)
+        assert [s.slot for s in wire.committed()[0].stats] == list(EVERY)
+
     def test_a_step_of_empty_slots_steps_with_a_zero_gradient(self) -> None:
         wire = Wire(2, optimizer=SGD, quorum=1)
         before = wire.weights.clone()

@@ -465,9 +465,11 @@ def test_a_peer_speaks_for_nobody_else(open_endpoint: Open, raw: Raw) -> None:
     arrived(1, server, worker, relay)
     relay.back.send_multipart([b"H", b'[3,"worker"]', bytes(32)])  # on a connection that is the worker's
     run_until(lambda _: server.refused == 1, server)
+    relay.back.send_multipart([b"D" + bytes(16), *CODEC.encode(Note(666))])  # its routing id without its ticket
+    run_until(lambda _: server.refused == 2, server)
     stranger = raw.dial(server.addresses[0])
     stranger.send_multipart([b"H", b'[1,"server"]', bytes(32)])  # the server's own incarnation
-    run_until(lambda _: server.refused == 2, server)
+    run_until(lambda _: server.refused == 3, server)
     assert_still_serves(server, open_endpoint)
 
 

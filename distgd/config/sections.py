@@ -86,7 +86,8 @@ class TaskSection(_Section):
     def _one(self) -> Self:
         if (self.name is None) == (self.path is None):
             found = {key: value for key, value in (("name", self.name), ("path", self.path)) if value}
-            _refuse("task", "exactly one of name, path", found, "set task.name=digits or task.path=module:Class")
+            do = "set the other one to null" if found else "set task.name=digits or task.path=module:Class"
+            _refuse("task", "exactly one of name, path", found, do)
         return self
 
 
@@ -328,7 +329,8 @@ class Config(_Section):
     def _enough_slots(self) -> Self:
         quorum, slots = self.consistency.quorum, self.batch.slots
         if quorum is not None and slots is not None and quorum > slots:
-            _refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, "")
+            do = "lower it, or cut the batch in more slots"
+            _refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, do)
         return self
 
     def to_yaml(self) -> str:

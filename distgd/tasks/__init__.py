@@ -107,7 +107,8 @@ def _made(path: str, args: dict[str, Any], data_path: str | None) -> object:
         parameters = inspect.signature(make).parameters
     if data_path is not None:
         if "data_path" not in parameters:
-            raise BadInput.at("data.path", "null for a task without data_path=", data_path, "remove it")
+            do = "remove it, or give the task's constructor a parameter data_path"
+            raise BadInput.at("data.path", "null, as this task reads no file", data_path, do)
         args["data_path"] = data_path
     _check_names(args, parameters)
     with _blaming("task.args", "arguments that make the task", args):
