@@ -24,6 +24,12 @@ class MalformedMessage(RunFailed):
 
 Coder = Callable[[Any], Any]
 
+# What parsing, looking up and numpy raise on bytes that are no message; SyntaxError comes from numpy's dtype strings.
+MALFORMED = (
+    *(ValueError, TypeError, KeyError, IndexError, StopIteration, AttributeError),
+    *(OverflowError, RecursionError, SyntaxError),
+)
+
 
 class Codec:
     """Frozen dataclasses to frames and back.
@@ -52,7 +58,7 @@ class Codec:
         for attribute, encode, _, is_array in self._fields[name][1]:
             value = getattr(message, attribute)
             if is_array and value is not None:
-                values.append([value.dtype.name, list(value.shape)])
+                values.append([value.dtype.str, list(value.shape)])
                 arrays.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
             else:
                 values.append(encode(value) if encode and value is not None else value)
@@ -69,13 +75,13 @@ class Codec:
             kind, entries = self._fields[name]
             arrays = iter(frames[1:])
             found = [
-                _array(value, next(arrays)) if is_array and value is not None else _decoded(decode, value)
+                _array(value, next(arrays)) if is_array and value is not None else _coded(decode, value)
                 for value, (_, _, decode, is_array) in zip(values, entries, strict=True)
             ]
             if next(arrays, None) is not None:
                 raise ValueError("more arrays than the header names")
             return kind(*found)
-        except (ValueError, TypeError, KeyError, IndexError, StopIteration, AttributeError) as error:
+        except MALFORMED as error:
             head = bytes(frames[0])[:60] if frames else b""
             raise MalformedMessage(
                 f"message: expected one of this version's kinds, found {head!r} ({error}); "
@@ -97,16 +103,20 @@ def _array(described: Any, frame: Any) -> np.ndarray[Any, Any]:
     memory = memoryview(frame)
     if dtype.hasobject or memory.nbytes != prod(shape) * dtype.itemsize:
         raise ValueError(f"{memory.nbytes} bytes for {dtype} {shape}")
-    return np.frombuffer(memory, dtype=dtype).reshape(shape)
+    array = np.frombuffer(memory, dtype=dtype).reshape(shape)
+    return array if array.flags.aligned else array.copy()  # small frames lie anywhere in ZeroMQ's buffer
 
 
-def _decoded(decode: Coder | None, value: Any) -> Any:
-    return decode(value) if decode and value is not None else value
+def _coded(code: Coder | None, value: Any) -> Any:
+    return code(value) if code and value is not None else value
 
 
 def _coders(hint: Any, kinds: list[type]) -> tuple[Coder | None, Coder | None]:
     """How values of a type are written and read, None for as they are."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union) and len(inner) == 2 and type(None) in inner:
+        encode, decode = _coders(next(option for option in inner if option is not type(None)), kinds)
+        return (lambda v: _coded(encode, v)), (lambda v: _coded(decode, v))
     if hint in kinds:
         return _dataclass_coders(hint, kinds)
     if origin in (tuple, frozenset):
@@ -132,6 +142,6 @@ def _dataclass_coders(kind: type, kinds: list[type]) -> tuple[Coder, Coder]:
         return [code(getattr(value, name)) if code else getattr(value, name) for name, code, _ in inner]
 
     def decode(values: list[Any]) -> Any:
-        return kind(*(_decoded(code, value) for value, (_, _, code) in zip(values, inner, strict=True)))
+        return kind(*(_coded(code, value) for value, (_, _, code) in zip(values, inner, strict=True)))
 
     return encode, decode
