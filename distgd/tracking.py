@@ -374,6 +374,7 @@ class Mlflow:
             self._until = time.monotonic() + self._deadline
             self._changed.notify()
         self._thread.join(self._deadline)
+        self._warned = True  # the thread has nothing more to say: what is missing is named here
         missing = [*self._unwritten]
         if self._thread.is_alive():
             missing.append(f"what was still being written after {self._deadline:.0f} s")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -296,3 +297,58 @@ def test_a_gpu_that_is_not_there_is_bad_input(tmp_path: Path, cluster: dict[str,
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_by_address_is_used_and_left_up(tmp_path: Path) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="a", dir="/tmp"))
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "1" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=4", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [sys.executable, *command, f"--port={port}", f"--temp-dir={folder}", "--block"],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(lambda: listens(port), 60)
+        done = subprocess.run(
+            [sys.executable, "-m", "distgd", "train", str(CONFIGS / "quickstart.yaml"), "--json", "tracking.uri=none"]
+            + [f"cluster.address=127.0.0.1:{port}", "stop.epochs=1"],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout.splitlines()[-1])["steps"] == 45
+        assert head.poll() is None
+        assert listens(port), "the cluster is somebody else's and stays up"
+    finally:
+        started = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(timeout=60)
+        for process in psutil.wait_procs(started, timeout=10)[1]:
+            process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("consistency", [{"mode": "sync"}, {"mode": "async"}], ids=lambda c: c["mode"])
+def test_a_model_on_a_gpu_learns(tmp_path: Path, consistency: dict[str, Any]) -> None:
+    result = train(
+        CONFIGS / "quickstart.yaml",
+        f"run.storage={tmp_path}",
+        "tracking.uri=none",
+        "cluster.gpus=0.5",
+        f"consistency.mode={consistency['mode']}",
+    )
+    assert result.metrics["eval/accuracy"] >= 0.94
+    assert result.bits == "not promised"
