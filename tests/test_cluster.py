@@ -313,9 +313,9 @@ def test_a_cluster_by_address_is_used_and_left_up(tmp_path: Path) -> None:
     )
     try:
         wait_until(lambda: listens(port), 60)
+        more = ["--json", "tracking.uri=none", "stop.epochs=1", f"cluster.address=127.0.0.1:{port}"]
         done = subprocess.run(
-            [sys.executable, "-m", "distgd", "train", str(CONFIGS / "quickstart.yaml"), "--json", "tracking.uri=none"]
-            + [f"cluster.address=127.0.0.1:{port}", "stop.epochs=1"],
+            [sys.executable, "-m", "distgd", "train", str(CONFIGS / "quickstart.yaml"), *more],
             cwd=tmp_path,
             env=env,
             capture_output=True,
