@@ -90,10 +90,8 @@ class Evaluator:
 
     def perform(self, work: dict[int, ev.SnapshotSent]) -> Scored:
         """Install the snapshot and pass over the whole set."""
-        for part in self.spec.slices:
-            self._replica.flat[part.start : part.stop].copy_(torch.from_numpy(work[part.index].weights))
-        if work[0].buffers is not None:
-            self._replica.buffers = work[0].buffers
+        weights = {shard: sent.weights for shard, sent in work.items()}
+        self._replica.install(self.spec.slices, weights, work[0].buffers)
         metrics = self._replica.evaluate(self._source, self.spec.batch)
         version = max(part.version for part in work.values())
         return Scored(self._timeline, work[0].number, version, metrics)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distgd import tasks
 from distgd.errors import BadInput
 from distgd.events import SlotStats
-from distgd.layout import BufferLayout, Layout, block_squares, squared_norm
+from distgd.layout import BufferLayout, Layout, Slice, block_squares, squared_norm
 from distgd.optim import clip_scale
 from distgd.sources import Order, Source, count, open_source, seed_everything, slot_seed, to_device
 
@@ -75,6 +75,13 @@ class Replica:
     def frozen(self) -> dict[str, Array]:
         """Values of the parameters that take no gradient, by name."""
         return {n: p.detach().cpu().numpy().copy() for n, p in self.model.named_parameters() if not p.requires_grad}
+
+    def install(self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None) -> None:
+        """Copy every shard's slice (by the shard's index) into the parameters; `buffers` become the committed ones."""
+        for part in slices:
+            self.flat[part.start : part.stop].copy_(torch.from_numpy(weights[part.index]))
+        if buffers is not None:
+            self.buffers = buffers
 
     def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
         """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU).

@@ -315,11 +315,9 @@ class _Run:
 
     def _final_state(self) -> dict[str, Tensor]:
         assert self.driver is not None
-        replica = self.plan.replica
-        for part in replica.layout.slices(len(self.cast.shards)):
-            replica.flat[part.start : part.stop].copy_(torch.from_numpy(self.driver.final[part.index].weights))
-        if (buffers := self.driver.final[0].buffers) is not None:
-            replica.buffers = buffers
+        replica, final = self.plan.replica, self.driver.final
+        slices = replica.layout.slices(len(self.cast.shards))
+        replica.install(slices, {shard: sent.weights for shard, sent in final.items()}, final[0].buffers)
         replica.buffer_layout.unpack(replica.buffers, replica.model)
         return weights.copy(replica.model.state_dict())
 

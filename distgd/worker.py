@@ -183,11 +183,9 @@ class Worker:
         """Copy every shard's slice, and newer buffers, into the replica."""
         began = self._clock()
         self._times["wait"] = began - self._pushed_at if self._pushed_at else 0.0
-        for part in self.spec.slices:
-            self.replica.flat[part.start : part.stop].copy_(torch.from_numpy(have[part.index].weights))
-        if have[0].buffers is not None:
-            self.replica.buffers = have[0].buffers
-            self._buffers_version = have[0].buffers_version
+        weights = {shard: sent.weights for shard, sent in have.items()}
+        self.replica.install(self.spec.slices, weights, have[0].buffers)
+        self._buffers_version = max(self._buffers_version, have[0].buffers_version)
         self._times["pull"] = self._clock() - began
 
     def compute(self, step: int, slot: int) -> ev.Compute:

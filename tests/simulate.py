@@ -95,10 +95,8 @@ def _final(plan: Plan, driver: Driver) -> dict[str, Tensor]:
     """The model's final state; the plan's initial weights are put back, so that it can be run again."""
     replica = plan.replica
     weights_before, buffers_before = replica.flat.clone(), replica.buffers
-    for part in replica.layout.slices(len(driver.cast.shards)):
-        replica.flat[part.start : part.stop].copy_(torch.from_numpy(driver.final[part.index].weights))
-    if (buffers := driver.final[0].buffers) is not None:
-        replica.buffers = buffers
+    slices, final = replica.layout.slices(len(driver.cast.shards)), driver.final
+    replica.install(slices, {shard: sent.weights for shard, sent in final.items()}, final[0].buffers)
     replica.buffer_layout.unpack(replica.buffers, replica.model)
     state = weights.copy(replica.model.state_dict())
     replica.flat.copy_(weights_before)
