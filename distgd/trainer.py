@@ -43,6 +43,7 @@ from distgd.inprocess import InProcessCluster
 from distgd.plan import Plan, prepare
 from distgd.records import Jsonl, Many, RunEnd, RunInfo, Tracker
 from distgd.report import convergence_figure
+from distgd.sources import undisturbed
 from distgd.tasks import Task
 from distgd.tracking import Mlflow, absolute
 
@@ -129,11 +130,12 @@ def launch(
         began: when it all started, seconds since the epoch; the process's start where unset.
         cluster: where processes live, if not where the config says.
     """
-    plan = prepare(_absolute(config), task, name)
-    run_dir = _run_dir(plan.config, name)
-    run = _Run(plan, run_dir, watch, began if began is not None else _process_start())
-    with _interruptible(lambda: run.closing):
-        return run.execute(cluster)
+    with undisturbed():
+        plan = prepare(_absolute(config), task, name)
+        run_dir = _run_dir(plan.config, name)
+        run = _Run(plan, run_dir, watch, began if began is not None else _process_start())
+        with _interruptible(lambda: run.closing):
+            return run.execute(cluster)
 
 
 def _absolute(config: Config) -> Config:
