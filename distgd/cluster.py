@@ -28,7 +28,7 @@ from typing import Any, Protocol
 import psutil
 
 from distgd import events as ev
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
 from distgd.transport import ZmqEndpoint
 from distgd.wire import Codec
 
@@ -170,7 +170,6 @@ class RayCluster:
         self._looked = 0.0
         self._joined = False
         self._private: Path | None = None
-        self._environment: dict[str, str | None] = {}
         self._endpoint: ZmqEndpoint | None = None
 
     def now(self) -> float:
@@ -200,7 +199,12 @@ class RayCluster:
         places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: (_node_id(), self._endpoint.addresses)}
         for incarnation, spec in specs.items():
             peers = _reachable(incarnation, places)
-            self._running[self._actors[incarnation].run.remote(spec, peers)] = incarnation
+            try:
+                life = self._actors[incarnation].run.remote(spec, peers)
+            except TypeError as error:
+                do = "keep locks, files and connections out of the task object, or make them in its methods"
+                raise BadInput(f"task: expected an object that can be sent to processes ({error}); {do}") from error
+            self._running[life] = incarnation
 
     def _connect(self, specs: Mapping[int, Spec]) -> None:
         import ray
@@ -217,19 +221,24 @@ class RayCluster:
             return
         self._private = Path(tempfile.mkdtemp(prefix="distgd-"))
         # Ray turns token authentication on for a cluster that it starts itself, and finds the token here: no file is
-        # written. RAY_AUTH_MODE is read when Ray is first imported, which may be long ago, so that it is not set.
-        self._set_environment(RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_USAGE_STATS_ENABLED="0")
+        # written. RAY_AUTH_MODE is read when Ray is first imported, which may be long ago, so that it is not set. Ray
+        # keeps the first token of a process, so it is one for all of the process's runs, and stays.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         wanted = sum(self._resources[spec.role].cpus for spec in specs.values())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ray.init(
-                address="local",
-                num_cpus=max(1, os.cpu_count() or 1, -int(-wanted // 1)),
-                include_dashboard=False,
-                object_store_memory=max(128 << 20, 4 * self._max_bytes),
-                _temp_dir=str(self._private),
-                **quiet,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=max(1, os.cpu_count() or 1, -int(-wanted // 1)),
+                    include_dashboard=False,
+                    object_store_memory=max(128 << 20, 4 * self._max_bytes),
+                    _temp_dir=str(self._private),
+                    **quiet,
+                )
+            except Exception as error:
+                raise RunFailed(_why_not(error)) from error
 
     def _check_address(self, address: str) -> None:
         """Ray itself tries for minutes, deaf to Ctrl-C."""
@@ -329,18 +338,6 @@ class RayCluster:
             _end_all(self._private)
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
-        self._restore_environment()
-
-    def _set_environment(self, **wanted: str) -> None:
-        for name, value in wanted.items():
-            if name not in os.environ:
-                self._environment[name] = None
-                os.environ[name] = value
-
-    def _restore_environment(self) -> None:
-        for name in self._environment:
-            os.environ.pop(name, None)
-        self._environment.clear()
 
 
 def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> dict[int, str]:
@@ -353,6 +350,17 @@ def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> di
         if peer != me and (near or far):
             peers[peer] = (near or far)[0]
     return peers
+
+
+def _why_not(error: Exception) -> str:
+    """Ray's own words, and the way out of the one failure that a process brings about itself."""
+    message = f"Ray did not start on this machine: {str(error).strip().splitlines()[0]}"
+    if "AuthToken" in str(error):
+        message += (
+            "; this process has used Ray with another token before: connect with ray.init() first, and the run uses "
+            "that cluster"
+        )
+    return message
 
 
 def _end_all(private: Path) -> None:

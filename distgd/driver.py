@@ -106,7 +106,10 @@ class Assignment:
         return epochs * self.order.steps_per_epoch + rest // self.order.slots
 
     def _updates(self, steps: int) -> int:
-        return sum(map(self.order.filled, range(steps)))
+        """Slots that hold samples in an epoch's first `steps`; only its last batch may be short."""
+        if steps < self.order.steps_per_epoch:
+            return steps * self.order.slots
+        return (steps - 1) * self.order.slots + self.order.filled(steps - 1)
 
     def slots(self) -> Iterator[tuple[int, int]]:
         """Every (step, slot) that holds samples, in order."""
@@ -314,8 +317,13 @@ class Driver:
         over = self.tally.steps >= self.assignment.steps
         return [log, *(self._score(FINAL) if over else self._evaluate(now))]
 
+    @property
+    def whole(self) -> bool:
+        """Whether the last version's weights are here, from every shard."""
+        return len(self.final) == len(self.cast.shards)
+
     def _end(self) -> list[Effect]:
-        if self.finished or not self._scored or len(self.final) < len(self.cast.shards):
+        if self.finished or not self._scored or not self.whole:
             return []
         self.finished = True
         return [Finish(None)]

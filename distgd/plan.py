@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distgd import weights
 from distgd.config import Config, Every
 from distgd.driver import Assignment, Cast
 from distgd.errors import BadInput, DistgdError
@@ -32,10 +33,11 @@ from distgd.reduce import maximal
 from distgd.replica import Replica, users_error
 from distgd.server import ServerSpec
 from distgd.shard import ShardRules
-from distgd.sources import Order, Source
+from distgd.sources import Order, Source, open_source
 from distgd.tasks import Task
 from distgd.worker import TaskSource, WorkerSpec
 
+TRIAL = 8  # held-out samples that are tried before the start
 EVAL_BATCH = 256  # samples per forward pass of an evaluation, at least
 
 
@@ -134,12 +136,12 @@ class Plan:
         frozen = self.replica.frozen()
         specs: dict[int, ServerSpec | WorkerSpec | EvaluatorSpec] = {}
         for part, incarnation in zip(slices, cast.shards, strict=True):
-            weights = flat[part.start : part.stop].copy()
+            initial = flat[part.start : part.stop].copy()
             buffers = self.replica.buffers.copy() if part.index == 0 else None
             specs[incarnation] = ServerSpec(
                 rules,
                 part,
-                weights,
+                initial,
                 buffers,
                 self.optimizer,
                 self.schedule,
@@ -278,7 +280,8 @@ def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan
     optimizer = resolve_optimizer(config.optimizer)
     check_groups(optimizer, [entry.name for entry in replica.layout.entries])
     schedule = resolve_schedule(config.schedule, steps)
-    _check_batch_norm(replica, order)
+    _check_batch_norm(replica, order, steps)
+    _check_model(replica, config)
     example = _try_one_slot(replica, source, order)
     evaluates = hasattr(replica.task, "eval_data")
     warnings = _warnings(config, order)
@@ -311,10 +314,20 @@ def _steps(config: Config, order: Order) -> int:
     return min(limit for limit in limits if limit)
 
 
-def _check_batch_norm(replica: Replica, order: Order) -> None:
+def _check_model(replica: Replica, config: Config) -> None:
+    weights.check(replica.model.state_dict())
+    for name, view in replica.layout.views(replica.flat).items():
+        if not bool(view.isfinite().all()):
+            raise BadInput.at("task.model", "finite initial weights", f"others in {name}", "look at its initialization")
+    cluster = config.cluster
+    if cluster.backend == "inprocess" and cluster.compute_device == "cuda" and not torch.cuda.is_available():
+        raise BadInput.at("cluster.device", "a CUDA GPU on this machine", "none", "set cluster.device=cpu")
+
+
+def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:
     if not replica.has_batch_norm():
         return
-    for step in range(order.steps_per_epoch):
+    for step in {0, min(steps, order.steps_per_epoch) - 1}:  # only an epoch's last batch differs from its first
         for slot in range(order.slots):
             first, stop = order.places(step, slot)
             if stop - first == 1:
@@ -339,9 +352,20 @@ def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | No
         raise BadInput(f"task: its first slot could not be computed\n{users_error(error)}") from error
     finally:
         hook.remove()
+    if hasattr(replica.task, "eval_data"):
+        _try_evaluation(replica)
     _refuse_written(replica, before)
     takes_one = bool(seen) and len(seen[0]) == 1 and isinstance(seen[0][0], Tensor)
     return seen[0][0].detach().clone() if takes_one else None
+
+
+def _try_evaluation(replica: Replica) -> None:
+    try:
+        replica.evaluate(open_source(replica.task.eval_data()), TRIAL, samples=TRIAL)  # type: ignore[attr-defined]
+    except DistgdError:
+        raise
+    except Exception as error:
+        raise BadInput(f"task: it could not be evaluated\n{users_error(error)}") from error
 
 
 def _refuse_written(replica: Replica, before: Tensor) -> None:

@@ -162,13 +162,17 @@ class Staged:
 
     A step is decided by shard 0 when every shard holds the same `quorum` slots of `slots`. In a shard, a push whose
     slots are covered is ignored; one that covers smaller ones takes their place while the tree is not full. With
-    `quorum` below `slots` each slot is a push of its own. `measure` says that the norm of the decided slots is needed:
-    a report of all slots carries it, under a quorum it takes one more round.
+    `quorum` below `slots` each slot is a push of its own, and the `filled(step)` slots that hold samples count.
+    `measure` says that the norm of the decided slots is needed: a report of all slots carries it, under a quorum it
+    takes one more round.
     """
 
-    def __init__(self, *, slots: int, quorum: int, shards: int, measure: bool) -> None:
+    def __init__(
+        self, *, slots: int, quorum: int, shards: int, measure: bool, filled: Callable[[int], int] | None = None
+    ) -> None:
         self.version = 0  # the step that gathers now
         self.slots = slots
+        self._filled_slots = filled or (lambda step: slots)
         self.quorum = quorum
         self.shards = shards
         self.measure = measure
@@ -218,10 +222,17 @@ class Staged:
 
     def _report(self) -> list[Decision]:
         held = self.held
-        if len(held) < self.quorum:
+        if not self._enough(held):
             return []
         bad = frozenset(k for slots in self.nodes.values() for k in slots)
         return [Report(self.version, self.attempt, held, bad)]
+
+    def _enough(self, slots: frozenset[int]) -> bool:
+        """All slots; or, under a quorum, so many that hold samples (the first ones do), as far as there are any."""
+        if self.quorum == self.slots:
+            return len(slots) == self.slots
+        filled = self._filled_slots(self.version)
+        return sum(k < filled for k in slots) >= min(self.quorum, filled)
 
     def _filled(self, report: Filled) -> list[Decision]:
         if report.step != self.version or report.attempt != self.attempt or self.decision:
@@ -239,7 +250,7 @@ class Staged:
         if len(self.filled) < self.shards:
             return []
         common = frozenset.intersection(*(f.slots for f in self.filled.values()))
-        if len(common) < self.quorum:
+        if not self._enough(common):
             return []
         if self.measure and self.quorum < self.slots:
             self.proposal = common

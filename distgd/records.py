@@ -129,7 +129,7 @@ class Jsonl:
     def log(self, event: Event) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(_strict(event), allow_nan=False) + "\n")
+        self._file.write(json.dumps(strict(event), allow_nan=False) + "\n")
         if event["event"] != "step" or event["seconds"] >= self._flushed + 1.0:
             self._file.flush()
             self._flushed = event["seconds"]
@@ -140,12 +140,12 @@ class Jsonl:
             self._file = None
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The same value for a strict JSON writer: numpy and torch scalars as Python's, not-finite numbers as strings."""
     if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -13,7 +13,7 @@ import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class SlotGradient:
     stats: SlotStats
     bad: bool
     buffers: Array | None
+
+    @classmethod
+    def empty(cls, slot: int, samples: int = 0) -> SlotGradient:
+        """A slot that adds nothing: no samples in it, or none that has a weight."""
+        return cls(SlotStats(slot, samples, 0.0, 0.0, 0.0, 0.0), bad=False, buffers=None)
 
 
 class Replica:
@@ -86,17 +91,23 @@ class Replica:
     def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
         """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU).
 
-        An empty slot has weight 0 and leaves `out` as it is. `stats.seconds` is left 0.
+        An empty slot has weight 0, and so has one whose loss says so, whatever its value; neither counts for the step.
+        `stats.seconds` is left 0.
+
+        Raises:
+            BadInput: the loss is no scalar, its weight is negative or not finite, or it meddles with gradients.
         """
         indices = order.indices(step, slot)
         if not len(indices):
-            return SlotGradient(SlotStats(slot, 0, 0.0, 0.0, 0.0, 0.0), bad=False, buffers=None)
+            return SlotGradient.empty(slot)
         batch = to_device(source.batch(indices), self.device)
         self.buffer_layout.unpack(self.buffers, self.model)
         seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
         self.model.train()
         grad = out if self._grad is None else self._grad
         loss, weight = self._backward(batch, grad)
+        if weight == 0.0:
+            return SlotGradient.empty(slot, count(batch))
         if grad is not out:
             out.copy_(grad)
         square = squared_norm(block_squares(out))
@@ -106,7 +117,8 @@ class Replica:
         packed = self.buffer_layout.pack(self.model)
         changed = packed if not np.array_equal(packed, self.buffers) else None
         stats = SlotStats(slot, count(batch), weight, loss, square, 0.0)
-        return SlotGradient(stats, bad=not (isfinite(square) and isfinite(loss)), buffers=changed)
+        fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
+        return SlotGradient(stats, bad=not (fits and isfinite(loss)), buffers=changed)
 
     def _backward(self, batch: Any, grad: Tensor) -> tuple[float, float]:
         grad.zero_()
@@ -116,6 +128,10 @@ class Replica:
                 parameter.grad = views[name]
         loss, weight = self._loss(batch)
         loss.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in self.model.named_parameters():
+            if name in views and parameter.grad is not views[name]:
+                do = "leave .grad and zero_grad() to the run"
+                raise BadInput.at("task.loss", "a loss that leaves gradients alone", f"another .grad of {name}", do)
         return float(loss.detach()), weight
 
     def _loss(self, batch: Any) -> tuple[Tensor, float]:
@@ -124,22 +140,30 @@ class Replica:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise BadInput(f"task.loss: expected a scalar tensor, found {found}; return the mean over the samples")
+        if not 0.0 <= float(weight) < inf:
+            raise BadInput.at(
+                "task.loss", "a weight >= 0", float(weight), "return (mean, weight), such as tokens in it"
+            )
         return loss.reshape(()), float(weight)
 
     @torch.no_grad()
-    def evaluate(self, source: Source, batch_size: int) -> dict[str, float]:
+    def evaluate(self, source: Source, batch_size: int, samples: int | None = None) -> dict[str, float]:
         """Means over the whole of `source`, whatever `batch_size`: the loss by its weight, metrics by samples.
+
+        Args:
+            samples: only so many of them, for a trial.
 
         Returns:
             `loss`, and what the task's `metrics` names.
         """
+        stop = len(source) if samples is None else min(samples, len(source))
         self.buffer_layout.unpack(self.buffers, self.model)
         self.model.eval()
         metrics = getattr(self.task, "metrics", None)
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
-        for first in range(0, len(source), batch_size):
-            batch = to_device(source.batch(np.arange(first, min(first + batch_size, len(source)))), self.device)
+        for first in range(0, stop, batch_size):
+            batch = to_device(source.batch(np.arange(first, min(first + batch_size, stop))), self.device)
             loss, weight = self._loss(batch)
             parts = {"loss": (float(loss) * weight, weight)}
             for name, value in (metrics(self.model, batch) if metrics else {}).items():
@@ -147,7 +171,7 @@ class Replica:
             for name, (value, weight) in parts.items():
                 sums[name] = sums.get(name, 0.0) + value
                 weights[name] = weights.get(name, 0.0) + weight
-        return {name: value / weights[name] for name, value in sums.items()}
+        return {name: value / weights[name] if weights[name] else nan for name, value in sums.items()}
 
     def plain_model(self) -> nn.Module:
         """The model with memory of its own for every parameter, on the CPU; this replica is of no use afterwards."""

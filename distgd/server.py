@@ -54,6 +54,7 @@ class ServerSpec:
             quorum=self.quorum,
             shards=len(self.rules.incarnations),
             measure=self.rules.clip is not None,
+            filled=self.order.filled,
         )
 
 

@@ -125,6 +125,8 @@ class Shard:
         text = f"at version {self.version}"
         if not self.rules.staged:
             return f"{text}, {len(self._waiting)} pushes held"
+        if self.version >= self.rules.last:
+            return f"{text}, the last one"
         held = {k for node in self._staged for k in range(*node)}
         missing = [k for k in range(self.rules.slots) if k not in held]
         return f"{text}, waits for slots {missing}" if missing else f"{text}, full, waits for the decision"
@@ -298,7 +300,8 @@ class Shard:
             if commit.clip != 1.0:
                 self.grad.mul_(commit.clip)
             self.optimizer.step(self._piece_grads, self.schedule.factor(decision.step))
-            self._commit_buffers(next((p.buffers for n, p in self._staged.items() if n[0] == 0), None))
+            if 0 in decision.slots:
+                self._commit_buffers(next(push.buffers for node, push in self._staged.items() if node[0] == 0))
         self.version += 1
         effects: list[ev.Effect] = [ev.Send(ev.DRIVER, self._record(commit))] if self.leads else []
         self._tree.clear()
@@ -354,7 +357,7 @@ class Shard:
         source, push = self._waiting.pop(decision.key)
         if decision.apply and push.gradient is not None:
             torch.div(torch.from_numpy(push.gradient), push.weight, out=self.grad)
-            scale = self.schedule.factor(self.version // self.rules.slots)
+            scale = self.schedule.factor(push.step)
             if self.rules.scale_lr:
                 scale /= max(1, decision.staleness)
             self.optimizer.step(self._piece_grads, scale)

@@ -112,11 +112,12 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Give the caller's generators back as they were: torch's on the CPU, numpy's global one and `random`."""
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    """Give back as they were: torch's threads and the generators of torch on the CPU, numpy (global) and `random`."""
+    threads, before = torch.get_num_threads(), (torch.get_rng_state(), np.random.get_state(), random.getstate())
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_rng_state(before[0])
         np.random.set_state(before[1])
         random.setstate(before[2])
@@ -168,7 +169,9 @@ class TensorSource:
         columns = {name: column.index_select(0, rows) for name, column in self._columns.items()}
         if self._kind is dict:
             return columns
-        return tuple(columns.values()) if issubclass(self._kind, tuple) else columns["data"]
+        if issubclass(self._kind, tuple):
+            return _like(self._kind, list(columns.values()))
+        return columns["data"]
 
     def schema(self) -> dict[str, Any]:
         """By name (a tuple's are its places, a single tensor's is `data`): dtype, and shape without the samples."""
@@ -203,8 +206,13 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
     if isinstance(batch, Mapping):
         return {name: to_device(value, device) for name, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)([to_device(value, device) for value in batch])
+        return _like(type(batch), [to_device(value, device) for value in batch])
     return batch
+
+
+def _like(kind: type, values: list[Any]) -> Any:
+    """A tuple, named tuple or list of these values."""
+    return kind(*values) if hasattr(kind, "_fields") else kind(values)
 
 
 def _tensors(batch: Batch) -> Iterator[Tensor]:

@@ -313,6 +313,7 @@ class Mlflow:
         self._every = every_steps
         self._every_seconds = every_seconds
         self._shown = 0.0
+        self._settings: list[str] = []  # variables that were set here, and are taken back
         self._deadline = deadline
         self._changed = threading.Condition()
         self._events: deque[Event] = deque()
@@ -332,7 +333,9 @@ class Mlflow:
 
     def start(self, info: RunInfo) -> None:
         for name, value in CLIENT_SETTINGS.items():
-            os.environ.setdefault(name, value)
+            if name not in os.environ:
+                os.environ[name] = value
+                self._settings.append(name)
         self._store = Store(info)
         self._thread = threading.Thread(target=self._write, args=(self._store,), name="distgd-mlflow", daemon=True)
         self._thread.start()
@@ -374,6 +377,8 @@ class Mlflow:
             self._until = time.monotonic() + self._deadline
             self._changed.notify()
         self._thread.join(self._deadline)
+        for name in self._settings:
+            os.environ.pop(name, None)
         self._warned = True  # the thread has nothing more to say: what is missing is named here
         missing = [*self._unwritten]
         if self._thread.is_alive():

@@ -41,7 +41,8 @@ from distgd.driver import Account, Driver, Effect, Finish, Log
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
 from distgd.inprocess import InProcessCluster
 from distgd.plan import Plan, prepare
-from distgd.records import Jsonl, Many, RunEnd, RunInfo, Tracker
+from distgd.records import Jsonl, Many, RunEnd, RunInfo, Tracker, strict
+from distgd.replica import users_error
 from distgd.report import convergence_figure
 from distgd.sources import undisturbed
 from distgd.tasks import Task
@@ -92,7 +93,7 @@ class Result:
     def as_dict(self) -> dict[str, Any]:
         """Everything but the weights, ready for JSON."""
         fields = {name: value for name, value in self.__dict__.items() if name != "state_dict"}
-        return json.loads(json.dumps(fields, default=float))  # type: ignore[no-any-return]
+        return strict(fields)  # type: ignore[no-any-return]
 
 
 def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, task: Task | None = None) -> Result:
@@ -108,8 +109,12 @@ def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, task
         BadInput: nothing was started.
         Diverged, RunFailed, Interrupted: with `.result`, which says what was reached.
     """
-    if task is not None and isinstance(config, Mapping) and "task" not in config:
-        config = {**config, "task": {"path": f"{type(task).__module__}:{type(task).__name__}"}}
+    if not isinstance(config, str | Path | Mapping | Config) or not all(isinstance(o, str) for o in overrides):
+        raise BadInput.at("train", "a path, a mapping or a Config, then overrides as text", [config, *overrides])
+    if isinstance(task, type):
+        raise BadInput.at("task", "an object", task.__name__, f"make one: task={task.__name__}(...)")
+    if task is not None:  # on record it is the object, whatever the config names
+        overrides += (f"task={{path: '{type(task).__module__}:{type(task).__qualname__}'}}",)
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     return launch(load(config, overrides, os.environ), name, lambda event: None, task=task, began=time.time())
 
@@ -134,7 +139,7 @@ def launch(
         plan = prepare(_absolute(config), task, name)
         run_dir = _run_dir(plan.config, name)
         run = _Run(plan, run_dir, watch, began if began is not None else _process_start())
-        with _interruptible(lambda: run.closing):
+        with _interruptible(lambda: run.closing) as run.listen_to_signals:
             return run.execute(cluster)
 
 
@@ -166,6 +171,7 @@ class _Run:
     """The parts of one run and the order in which they begin and end."""
 
     def __init__(self, plan: Plan, run_dir: Path, watch: Watch, began: float) -> None:
+        self.listen_to_signals: Callable[[], None] = lambda: None
         self.plan = plan
         self.run_dir = run_dir
         self.watch = watch
@@ -192,8 +198,14 @@ class _Run:
             error = Interrupted("interrupted; what was committed so far is in " + str(self.run_dir))
         except DistgdError as raised:
             error = raised
+        except Exception as raised:  # noqa: BLE001 - the trackers are told, whatever it is
+            error = RunFailed(users_error(raised))
+            error.__cause__ = raised
         finally:
             self.ledger.close()
+        if isinstance(error, BadInput) and self.first_commit is not None:
+            error = RunFailed(str(error))
+        self.closing = True  # the end of a run takes a bounded time, and is not cut in two
         result = self._finish(error)
         if isinstance(error, BadInput):  # found on the cluster; the same command, corrected, starts anew
             shutil.rmtree(self.run_dir, ignore_errors=True)
@@ -206,6 +218,7 @@ class _Run:
     def _train(self, cluster: Cluster) -> None:
         try:
             cluster.spawn(self.plan.specs(self.cast))
+            self.listen_to_signals()  # Ray has taken them
             self._await_ready(cluster)
             self.driver = Driver(self.cast, self.plan.assignment(), cluster.now())
             finish = self._perform(cluster, self.driver.start()) or self._listen(cluster, self.driver)
@@ -231,6 +244,7 @@ class _Run:
             source, event = arrived
             if isinstance(event, ev.ProcessReady):
                 waiting.discard(source)
+                log.info("%s is ready: %s", self.cast.name(source), event.facts)
             elif isinstance(event, ev.ProcessFailed | ev.ProcessLost):
                 driver = Driver(self.cast, self.plan.assignment(), cluster.now())
                 finish = self._perform(cluster, driver.handle(source, event, cluster.now()))
@@ -264,8 +278,11 @@ class _Run:
             f"  {self.cast.name(i)}: {answers.get(i, 'does not answer: it computes, or is stopped')}"
             for i in self.cast.everybody
         ]
-        who = f"step {driver.tally.steps} to be committed"
-        return DeadlineExceeded.waiting(who, "train", seconds, "what each process does:\n" + "\n".join(lines))
+        over = driver.tally.steps >= self.plan.steps
+        who = "the last version to be sent and evaluated" if over else f"step {driver.tally.steps} to be committed"
+        do = f"set cluster.deadline higher than {self.plan.config.cluster.deadline:g} s if that is what they need"
+        phase = "evaluate" if over else "train"
+        return DeadlineExceeded.waiting(who, phase, seconds, f"{do}; what each process does:\n" + "\n".join(lines))
 
     def _perform(self, cluster: Cluster, effects: list[Effect]) -> Finish | None:
         for effect in effects:
@@ -291,7 +308,7 @@ class _Run:
     def _finish(self, error: DistgdError | None) -> Result:
         status = error.status if error is not None else "completed"
         state: dict[str, Tensor] = {}
-        if error is None:
+        if self.driver is not None and self.driver.whole:
             state = self._final_state()
             weights.save(state, self.run_dir / "model.safetensors")
         result = self._result(status, state)
@@ -422,22 +439,27 @@ def _process_start() -> float:
 
 
 @contextmanager
-def _interruptible(deaf: Callable[[], bool]) -> Iterator[None]:
+def _interruptible(deaf: Callable[[], bool]) -> Iterator[Callable[[], None]]:
     """SIGTERM ends a run as Ctrl-C does, and neither interrupts what ends the processes.
 
-    Elsewhere than in the main thread nothing changes.
+    Yields what sets the handlers once more, after somebody else did. Elsewhere than in the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
 
     def interrupt(*_: object) -> None:
         if not deaf():
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    def listen() -> None:
+        for number in before:
+            signal.signal(number, interrupt)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    listen()
     try:
-        yield
+        yield listen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distgd.errors import BadInput
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -43,6 +45,19 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(b"\0".join((name.encode(), _DTYPES[tensor.dtype].encode(), shape.encode(), b"")))
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check(state: Mapping[str, Any]) -> None:
+    """Refuse a `state_dict` that can be neither written nor compared, by name, before anything is trained.
+
+    Raises:
+        BadInput: an entry is no tensor, or of a dtype that safetensors does not have.
+    """
+    for name, value in state.items():
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        if found not in _DTYPES:
+            do = "keep it out of the state_dict (register_buffer(..., persistent=False), no get_extra_state)"
+            raise BadInput.at(f"task.model: {name}", "a tensor of a plain dtype", str(found), do)
 
 
 def copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

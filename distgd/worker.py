@@ -162,12 +162,11 @@ class Worker:
                 return []
 
     def perform(self, work: SlotWork) -> Computed:
-        """Compute one slot."""
-        return Computed(
-            self._timeline,
-            work,
-            self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out),
-        )
+        """Compute one slot, unless it has been abandoned meanwhile."""
+        if work.token != self._token:
+            return Computed(self._timeline, work, SlotGradient.empty(work.slot))
+        gradient = self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out)
+        return Computed(self._timeline, work, gradient)
 
     # What both modes need.
 
@@ -430,7 +429,8 @@ class _Leased:
             None,
             done.gradient.buffers if slot == 0 else None,
         )
-        return self.worker.push(push, done.work.out, {i: w.version for i, w in self.read.have.items()})
+        total = done.work.out if stats.weight else None
+        return self.worker.push(push, total, {i: w.version for i, w in self.read.have.items()})
 
     def _answered(self, answer: ev.PushAnswered) -> list[ev.Effect]:
         self.answers[answer.shard] = answer

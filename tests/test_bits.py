@@ -229,4 +229,4 @@ def test_bits_are_promised_in_full_sync_mode_on_a_cpu_alone() -> None:
     assert bits() == "promised"
     assert bits(consistency={"quorum": 3}) == "not promised"
     assert bits(consistency={"mode": "async"}) == "not promised"
-    assert bits(cluster={"gpus": 1}) == "not promised"
+    assert bits(cluster={"gpus": 1, "backend": "ray"}) == "not promised"

@@ -18,6 +18,7 @@ Built-in tasks are such classes too; `BUILT_IN` has their import paths.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import importlib
 import inspect
@@ -91,7 +92,7 @@ def build(task: Task, seed: int) -> nn.Module:
         raise BadInput(f"task.model: expected a torch.nn.Module, found {type(model).__name__}; return the model itself")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise BadInput("task.model: expected at least one trainable parameter, found none; set requires_grad=True")
-    return model
+    return copy.deepcopy(model)  # a task may return one module each time, and every process needs its own
 
 
 def _built_in(name: str) -> str:
