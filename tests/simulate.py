@@ -137,3 +137,20 @@ class OddTask:
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(self.samples, 33, generator=generator)
         return x, x[:, :3].sin()
+
+
+class Smooth:
+    """A float64 MLP without chance, so that the whole batch at once is the same mathematics."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
+
+    def model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 3)).to(self.dtype)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    def train_data(self) -> tuple[Tensor, Tensor]:
+        x = torch.randn(100, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        return x.to(self.dtype), x[:, :3].cos().to(self.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from simulate import OddTask, config, simulate
+from simulate import OddTask, Smooth, config, simulate
 from torch import Tensor, nn
 
 from distgd.plan import prepare
@@ -129,23 +129,6 @@ def test_the_bits_are_those_of_a_plain_loop(name: str, make: Any) -> None:
     plain_loop(task, make(model.parameters()), model, done.plan.order, steps=10)
     torch.set_num_threads(threads)
     assert done.sha256 == fingerprint(model.state_dict())
-
-
-class Smooth:
-    """A float64 MLP without chance, so that the whole batch at once is the same mathematics."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
-        self.dtype = dtype
-
-    def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 3)).to(self.dtype)
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return (model(batch[0]) - batch[1]).square().mean()
-
-    def train_data(self) -> tuple[Tensor, Tensor]:
-        x = torch.randn(100, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        return x.to(self.dtype), x[:, :3].cos().to(self.dtype)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
