@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
         code, payload = _outcome(given)
-    print(json.dumps(payload), file=stdout, flush=True)
+    from distgd.records import strict
+
+    print(json.dumps(strict(payload), allow_nan=False), file=stdout, flush=True)
     return code
 
 

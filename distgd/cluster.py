@@ -37,6 +37,7 @@ log = logging.getLogger("distgd.cluster")
 POLL = 0.2  # seconds between two looks at Ray for processes that are gone
 PATIENCE = 5.0  # seconds that processes get to end by themselves
 MESSAGE_SLACK = 1 << 20  # bytes of a message beside its arrays
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 class Actor(Protocol):
@@ -207,35 +208,48 @@ class RayCluster:
             self._running[life] = incarnation
 
     def _connect(self, specs: Mapping[int, Spec]) -> None:
+        if self._address is not None:
+            self._join(self._address)
+        else:
+            self._start_private(sum(self._resources[spec.role].cpus for spec in specs.values()))
+
+    def _join(self, address: str) -> None:
         import ray
 
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self._address is not None:
-            self._check_address(self._address)
-            try:
-                ray.init(address=self._address, **quiet)
-                self._joined = True
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                do = "start it with `ray start --head`, or remove the key to train on this machine"
-                raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", self._address, do) from error
-            return
+        self._check_address(address)
+        try:
+            ray.init(address=address, **QUIET)
+            self._joined = True
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            do = "start it with `ray start --head`, or remove the key to train on this machine"
+            raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", address, do) from error
+
+    def _start_private(self, cpus: float) -> None:
+        """Start Ray on this machine, in a folder of its own.
+
+        Ray turns token authentication on for a cluster that it starts itself, and finds the token in the environment:
+        no file is written. RAY_AUTH_MODE is read when Ray is first imported, which may be long ago, so that it is not
+        set. The token stays for the runs that follow in this process.
+        """
+        import ray
+
         self._private = Path(tempfile.mkdtemp(prefix="distgd-"))
-        # Ray turns token authentication on for a cluster that it starts itself, and finds the token here: no file is
-        # written. RAY_AUTH_MODE is read when Ray is first imported, which may be long ago, so that it is not set. Ray
-        # keeps the first token of a process, so it is one for all of the process's runs, and stays.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        wanted = sum(self._resources[spec.role].cpus for spec in specs.values())
+        with contextlib.suppress(ImportError, AttributeError):  # no public way to make Ray read another token
+            from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+            AuthenticationTokenLoader.instance().reset_cache()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 ray.init(
                     address="local",
-                    num_cpus=max(1, os.cpu_count() or 1, -int(-wanted // 1)),
+                    num_cpus=max(1, os.cpu_count() or 1, -int(-cpus // 1)),
                     include_dashboard=False,
                     object_store_memory=max(128 << 20, 4 * self._max_bytes),
                     _temp_dir=str(self._private),
-                    **quiet,
+                    **QUIET,
                 )
             except Exception as error:
                 raise RunFailed(_why_not(error)) from error

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from simulate import OddTask, simulate
 from distgd import train
 from distgd.cluster import RayCluster, Resources
 from distgd.config import load
-from distgd.errors import DeadlineExceeded, Diverged, RunFailed
+from distgd.errors import BadInput, DeadlineExceeded, Diverged, RunFailed
 from distgd.trainer import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -212,12 +213,13 @@ def left_of(mark: str, folder: Path) -> set[str]:
     return processes | {str(path) for path in folder.glob("distgd-*")}
 
 
-@pytest.mark.parametrize("end", ["success", "divergence", "interrupt", "early"])
+@pytest.mark.parametrize("end", ["success", "divergence", "interrupt", "terminate", "early"])
 def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
     more = {
         "success": ["stop.epochs=1"],
         "divergence": ["optimizer.name=sgd", "optimizer.lr=1e30"],
         "interrupt": ["stop.epochs=10000"],
+        "terminate": ["stop.epochs=10000"],
         "early": ["stop.epochs=10000"],
     }[end]
     mark, folder = f"mark-{os.getpid()}-{end}", Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))  # short, for sockets
@@ -240,9 +242,12 @@ def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
         text=True,
         start_new_session=True,
     )
-    if end == "interrupt":
+    if end in ("interrupt", "terminate"):
         wait_until(lambda: any(path.stat().st_size for path in (tmp_path / "runs").glob("*/metrics.jsonl")), 90)
-        os.killpg(process.pid, signal.SIGINT)
+        if end == "interrupt":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
     if end == "early":  # while Ray starts
         wait_until(lambda: any(folder.glob("distgd-*/session_2*/logs/*")), 60)
         os.killpg(process.pid, signal.SIGINT)
@@ -297,6 +302,54 @@ def test_a_gpu_that_is_not_there_is_bad_input(tmp_path: Path, cluster: dict[str,
     assert done.returncode == 2, done.stderr
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class SlowToScore(OddTask):
+    """The evaluation of the whole set takes longer than the deadline; the trial of a few samples does not."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        if not model.training and len(batch[0]) > 20:
+            time.sleep(6)
+        return super().loss(model, batch)
+
+    def eval_data(self) -> Any:
+        return self.train_data()
+
+
+def test_a_deadline_in_the_last_evaluation_keeps_the_weights(ray_cluster: None, tmp_path: Path) -> None:
+    how = {"batch": {"size": 32, "slots": 4}, "cluster": {"deadline": 2.0}}
+    with pytest.raises(
+        DeadlineExceeded, match="evaluate: waited 2 s for the last version to be sent and eval"
+    ) as caught:
+        train(sections(tmp_path, **how), task=SlowToScore(112))
+    assert caught.value.result.weights_sha256 == simulate(OddTask(112), stop={"steps": 5}, batch=how["batch"]).sha256
+
+
+def test_an_object_that_cannot_be_sent_is_bad_input(ray_cluster: None, tmp_path: Path) -> None:
+    task = OddTask(64)
+    task.lock = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(BadInput, match="expected an object that can be sent to processes"):
+        train(sections(tmp_path), task=task)
+
+
+TWICE = """
+import ray, torch, distgd
+if {before}:
+    ray.init(include_dashboard=False, log_to_driver=False)
+    ray.shutdown()
+config = {{"task": {{"name": "counting", "args": {{"samples": 16}}}}, "batch": {{"size": 4, "slots": 2}}}}
+config |= {{"stop": {{"epochs": 1}}, "tracking": {{"uri": "none"}}, "cluster": {{"workers": 1}}}}
+print(len({{distgd.train(config, "optimizer.lr=4.0").weights_sha256 for _ in range(2)}}), ray.is_initialized())
+"""
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["alone", "after Ray was used"])
+def test_two_runs_in_one_process_each_with_a_cluster_of_its_own(tmp_path: Path, before: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE.format(before=before)], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "False"]
 
 
 def test_a_cluster_by_address_is_used_and_left_up(tmp_path: Path) -> None:

@@ -141,8 +141,9 @@ class CountedTask(Smooth):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_buffers_of_a_slot_that_was_dropped_are_dropped(seed: int) -> None:
-    pace = lambda incarnation: 0.002 if incarnation == 2 else 0.001  # noqa: E731 - slot 0's worker is late at times
-    how: dict[str, Any] = {"consistency": {"quorum": 3}, "stop": {"steps": 12}, "cluster": {"workers": 4}, **PARTS}
+    pace = lambda incarnation: 0.0012 if incarnation == 2 else 0.001  # noqa: E731 - slot 0's worker is late at times
+    how: dict[str, Any] = {"consistency": {"quorum": 3}, "stop": {"steps": 60}, **PARTS}
+    how |= {"cluster": {"workers": 4, "servers": 3}}  # while shard 0 waits for the others the late slot may come
     done = simulate(CountedTask(), seed=seed, pace=pace, **how)
     first = [line for line in done.lines if line["slot"] == 0 and line["state"] == "applied"]
     assert float(done.state["seen"]) == len(first)
@@ -150,13 +151,13 @@ def test_buffers_of_a_slot_that_was_dropped_are_dropped(seed: int) -> None:
 
 def test_an_abandoned_slot_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A straggler under a quorum goes on with the newest step instead of finishing old ones."""
-    computed: list[int] = []
+    in_vain: list[int] = []
     compute = Worker.perform
 
     def spy(self: Worker, work: Any) -> Any:
         done = compute(self, work)
-        if done.gradient.stats.samples:
-            computed.append(work.step)
+        if work.token != self._token and done.gradient.stats.samples:
+            in_vain.append(work.step)
         return done
 
     monkeypatch.setattr(Worker, "perform", spy)
@@ -169,7 +170,7 @@ def test_an_abandoned_slot_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> N
         cluster={"workers": 2},
     )
     assert done.error is None
-    assert len(computed) < 8 * 30
+    assert not in_vain
 
 
 @pytest.mark.parametrize("samples", [1, 7, 33, 64])
