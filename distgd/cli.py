@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import closing, redirect_stdout
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from distgd.progress import Progress
 
 Payload = Mapping[str, Any]
+STARTED = time.time()  # a process may be older: a set-up that ends in `exec` is no part of the run
 
 as_json = click.option(
     "--json", is_flag=True, expose_value=False, help="Print one JSON object as the last line of stdout."
@@ -112,7 +114,7 @@ def _train(config: Config, name: str) -> Payload:
     from distgd import trainer
 
     with closing(_Line()) as line:
-        result: Payload = trainer.launch(config, name, line).as_dict()
+        result: Payload = trainer.launch(config, name, line, began=STARTED).as_dict()
     _show_result(result)
     return result
 

@@ -132,13 +132,13 @@ def launch(
 
     Args:
         name: begins the run folder's name where the config does not give one.
-        began: when it all started, seconds since the epoch; the process's start where unset.
+        began: when it all started, seconds since the epoch; now where unset.
         cluster: where processes live, if not where the config says.
     """
     with undisturbed():
         plan = prepare(_absolute(config), task, name)
         run_dir = _run_dir(plan.config, name)
-        run = _Run(plan, run_dir, watch, began if began is not None else _process_start())
+        run = _Run(plan, run_dir, watch, began if began is not None else time.time())
         with _interruptible(lambda: run.closing) as run.listen_to_signals:
             return run.execute(cluster)
 
@@ -430,12 +430,6 @@ def _tags(plan: Plan) -> dict[str, str]:
         packages["mlflow.user"] = getpass.getuser()
     packages |= {"mlflow.source.name": "distgd", "host": platform.node(), "python": platform.python_version()}
     return {**packages, "bits": plan.bits}
-
-
-def _process_start() -> float:
-    import psutil
-
-    return float(psutil.Process().create_time())
 
 
 @contextmanager
