@@ -319,3 +319,19 @@ def test_an_error_that_nobody_foresaw_ends_the_run_properly(tmp_path: Path) -> N
         launch(plan, "run", lambda event: None, task=OddTask(64), cluster=Breaks())
     lines = (Path(caught.value.result.run_dir) / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["status"] == "failed"
+
+
+class Huge(Smooth):
+    """A finite gradient whose multiple by the samples of a slot is not finite in float32."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return 2e37 * model[0].weight[0, 0] + 0.0 * super().loss(model, batch)  # type: ignore[index]
+
+
+def test_a_gradient_that_overflows_by_its_weight_is_not_applied() -> None:
+    done = simulate(Huge(), batch={"size": 64, "slots": 2}, stop={"steps": 2})
+    assert isinstance(done.error, distgd.Diverged)
+    assert done.driver.tally.samples == 0

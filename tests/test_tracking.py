@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -310,3 +311,14 @@ def test_ui_refuses_what_it_cannot_serve(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(BadInput, match=r"tracking\.uri"):
         ui(uri, 5000)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_callers_settings_of_mlflow_are_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    tracker = Mlflow()
+    tracker.start(info(tmp_path))
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    tracker.finish(RunEnd("completed"))
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
