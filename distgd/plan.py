@@ -7,7 +7,6 @@ servers, and the final ones come back into it.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from distgd.driver import Assignment, Cast
 from distgd.errors import BadInput, DistgdError
 from distgd.evaluator import EvaluatorSpec
 from distgd.layout import Layout
+from distgd.ledger import assign
 from distgd.optim import (
     OptimizerSpec,
     PieceOptimizer,
@@ -224,8 +224,6 @@ class Plan:
 
     def _own(self) -> Sequence[Sequence[int]]:
         """The slots of each worker under the first table."""
-        from distgd.ledger import assign
-
         table = assign(self.order.slots, list(range(self.config.cluster.workers)))
         return [[k for k, w in enumerate(table) if w == worker] for worker in range(self.config.cluster.workers)]
 
@@ -377,13 +375,10 @@ def _refuse_written(replica: Replica, before: Tensor) -> None:
 
 
 def _warnings(config: Config, order: Order) -> tuple[str, ...]:
-    idle = config.cluster.workers - order.slots
-    found = []
-    if idle > 0 and config.consistency.mode == "sync":
-        found.append(f"{idle} of {config.cluster.workers} workers are idle: a step has {order.slots} slots")
-    if importlib.util.find_spec("ray") is None and config.cluster.backend == "ray":
-        raise BadInput.at("cluster.backend", "ray to be installed", "no ray", "pip install 'ray[default]'")
-    return tuple(found)
+    workers, sync = config.cluster.workers, config.consistency.mode == "sync"
+    if not sync or workers <= order.slots:
+        return ()
+    return (f"{workers - order.slots} of {workers} workers are idle: a step has {_many(order.slots, 'slot')}",)
 
 
 def _state_copies(spec: OptimizerSpec, layout: Layout) -> int:
