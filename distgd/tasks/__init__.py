@@ -59,9 +59,10 @@ class Task(Protocol):
 
 
 def load(section: TaskSection, data: Data) -> Task:
-    """Make the task that a config names. `data.path` goes to a constructor that takes `data_path`.
+    """Make the task that a config names.
 
-    The current folder is put on `sys.path` for a `task.path`.
+    A constructor that takes `data` gets that section, one that takes `data_path` gets `data.path`. The current
+    folder is put on `sys.path` for a `task.path`.
 
     Raises:
         BadInput: an unknown name, a module that does not import, a missing class, arguments that its constructor does
@@ -72,7 +73,7 @@ def load(section: TaskSection, data: Data) -> Task:
     """
     if section.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    made = _made(section.path or _built_in(section.name or ""), dict(section.args), data.path)
+    made = _made(section.path or _built_in(section.name or ""), dict(section.args), data)
     missing = [name for name in ("model", "loss", "train_data") if not callable(getattr(made, name, None))]
     if missing:
         expected = "a class with the methods model(), loss(model, batch), train_data()"
@@ -101,22 +102,32 @@ def _built_in(name: str) -> str:
     return BUILT_IN[name]
 
 
-def _made(path: str, args: dict[str, Any], data_path: str | None) -> object:
+def _made(path: str, args: dict[str, Any], data: Data) -> object:
     """Import what `path` names and call it with arguments that its signature takes."""
     make = _imported(path)
     with _blaming("task.path", "module:Class", path):
         parameters = inspect.signature(make).parameters
-    if data_path is not None:
-        if "data_path" not in parameters:
-            do = "remove it, or give the task's constructor a parameter data_path"
-            raise BadInput.at("data.path", "null, as this task reads no file", data_path, do)
-        args["data_path"] = data_path
+    args |= _of_data(data, parameters)
     _check_names(args, parameters)
     with _blaming("task.args", "arguments that make the task", args):
         try:
             return make(**args)
         except ValidationError as error:
             raise _wrong_value(error, args) from error
+
+
+def _of_data(data: Data, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    """The section, or its path alone, for a constructor that takes it. What nobody would read is refused."""
+    if "data" in parameters:
+        return {"data": data}
+    if data.path is not None and "data_path" not in parameters:
+        do = "remove it, or give the task's constructor a parameter data_path"
+        raise BadInput.at("data.path", "null, as this task reads no file", data.path, do)
+    for key, value in data:
+        if key != "path" and value != getattr(Data(), key):
+            found = value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
+            raise BadInput.at(f"data.{key}", "nothing, as this task does not read it", found, "remove it")
+    return {} if data.path is None else {"data_path": data.path}
 
 
 def _imported(path: str) -> Callable[..., object]:
