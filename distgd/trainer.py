@@ -40,6 +40,7 @@ from distgd.config import Config, load
 from distgd.driver import Account, Driver, Effect, Finish, Log
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
 from distgd.inprocess import InProcessCluster
+from distgd.layout import state
 from distgd.plan import Plan, prepare
 from distgd.records import Jsonl, Many, RunEnd, RunInfo, Tracker, strict
 from distgd.replica import users_error
@@ -145,10 +146,9 @@ def launch(
 
 def _absolute(config: Config) -> Config:
     """Paths are relative to the current folder; from here on they are absolute."""
-    path = config.data.path and str(Path(config.data.path).absolute())
     changed = {
         "run": config.run.model_copy(update={"storage": str(Path(config.run.storage).absolute())}),
-        "data": config.data.model_copy(update={"path": path}),
+        "data": config.data.absolute(),
         "tracking": config.tracking.model_copy(update={"uri": absolute(config.tracking.uri)}),
     }
     return config.model_copy(update=changed)
@@ -338,7 +338,7 @@ class _Run:
         slices = replica.layout.slices(len(self.cast.shards))
         replica.install(slices, {shard: sent.weights for shard, sent in final.items()}, final[0].buffers)
         replica.buffer_layout.unpack(replica.buffers, replica.model)
-        return weights.copy(replica.model.state_dict())
+        return weights.copy(state(replica.model))
 
     def _figure(self) -> Path | None:
         """The convergence figure; it is a picture of the run and never the end of it."""

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distgd.config import Config, Every, docs_markdown, json_schema, load, schema_rows
+from distgd.config import Config, Every, Feature, TargetColumn, docs_markdown, json_schema, load, schema_rows
 from distgd.errors import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +51,15 @@ def test_file_gives_way_to_overrides_and_defaults_to_both(tmp_path: Path) -> Non
 def test_overrides_reach_below_the_short_form_of_task() -> None:
     config = load({"task": "counting", "stop": {"epochs": 1}}, ["task.args.samples=64"])
     assert (config.task.name, config.task.args) == ("counting", {"samples": 64})
+
+
+def test_overrides_reach_below_the_short_forms_of_data() -> None:
+    data = {"target": "income", "features": {"age": "numeric", "*": "auto"}}
+    overrides = ["data.target.trim=.", "data.features.age.clip=5", "data.features.id=drop"]
+    config = load({**SMALL, "data": data}, overrides).data
+    assert config.target == TargetColumn(column="income", trim=".")
+    assert config.feature("age") == Feature(kind="numeric", clip=5)
+    assert (config.feature("id"), config.feature("job")) == (Feature(kind="drop"), Feature())
 
 
 def test_override_of_an_every_takes_the_place_of_the_old_one() -> None:
@@ -169,6 +178,17 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["task.path=m:C"], ["task: expected exactly one of name, path", "'m:C'"]),
     (["task={path: module.Class}"], ["task.path", "module:Class", "found 'module.Class'"]),
     (["stop.epochs=null"], ["stop: expected at least one of epochs, steps"]),
+    (["data.features.age.clp=3"], ["data.features.age.clp:", "kind, clip", "did you mean data.features.age.clip?"]),
+    (["data.features.age=number"], ["data.features.age.kind: expected one of auto, numeric", "found 'number'"]),
+    (["data.features.age={kind: hashed, clip: 2}"], ["data.features.age: expected buckets beside kind: hashed", "clip"]),
+    (["data.features.age.size=0"], ["data.features.age.size: expected an integer >= 1 and <= 16,777,214", "found 0"]),
+    (["data.features=[age]"], ["data.features: expected a mapping or null, found ['age']"]),
+    (["data.csv.delimiter=', '"], ["data.csv.delimiter: expected one character, found ', '"]),
+    (["data.csv.columns=[a, b, a]"], ["data.csv.columns: expected one name or more, each once"]),
+    (["data.csv.columns=[1]"], ["data.csv.columns[0]: expected text, found 1"]),
+    (["data.held_out={path: a, fraction: 0.5}"], ["data.held_out.fraction: expected null with data.held_out.path"]),
+    (["data.held_out.fraction=1"], ["data.held_out.fraction: expected a number > 0 and < 1 or null, found 1"]),
+    (["data.held_out.skip_rows=1"], ["data.held_out.skip_rows: expected null without data.held_out.path, found 1"]),
     (["batch.size"], ["expected section.key=value, found 'batch.size'"]),
     (["=3"], ["expected section.key=value, found '=3'"]),
     (["batch..size=3"], ["expected section.key=value"]),
@@ -295,15 +315,15 @@ def test_docs_are_what_the_schema_says() -> None:
 
 
 def test_every_key_of_a_config_has_a_row_with_its_default() -> None:
-    rows = {row.key: row for row in schema_rows()}
+    rows = {row.key: row for row in schema_rows() if ".COLUMN." not in row.key}
     flat = load(SMALL).flat()
     assert rows.keys() == {key.replace("every.epochs", "every") for key in flat}
     given = {"task.name", "stop.epochs", "eval.every.epochs"}
-    shown = {"task.args": "{}", "optimizer.groups": "[]"}
+    shown = {"task.args": "{}", "optimizer.groups": "[]", "data.csv.missing": '["", "?"]'}
     assert {key: rows[key].default for key in flat.keys() - given} == {
         key: shown.get(key, json.dumps(flat[key])) for key in flat.keys() - given
     }
-    assert all(row.description.endswith(".") for row in rows.values())
+    assert all(row.description.endswith(".") for row in schema_rows())
 
 
 def test_json_schema_names_the_sections() -> None:

@@ -1,6 +1,8 @@
 """A run's config: frozen sections, loaded from YAML, overridden by `a.b=c`, dumped, and described.
 
     sections   what each key means
+    data       those about data, in a file of their own
+    strict     what every section is made of
     text       YAML in and out
     schema     the sections in words
     loading    files, overrides, environment; errors with the key, what is allowed, what was found
@@ -15,6 +17,7 @@ task's and the optimizer's own arguments are checked, by who uses them.
 
 from __future__ import annotations
 
+from distgd.config.data import Csv, Data, Feature, HeldOut, TargetColumn
 from distgd.config.loading import load
 from distgd.config.schema import Row, docs_markdown, json_schema, schema_rows
 from distgd.config.sections import (
@@ -23,7 +26,6 @@ from distgd.config.sections import (
     Cluster,
     Config,
     Consistency,
-    Data,
     Eval,
     Every,
     Group,
@@ -41,15 +43,19 @@ __all__ = [
     "Cluster",
     "Config",
     "Consistency",
+    "Csv",
     "Data",
     "Eval",
     "Every",
+    "Feature",
     "Group",
+    "HeldOut",
     "Optimizer",
     "Row",
     "Run",
     "Schedule",
     "Stop",
+    "TargetColumn",
     "TaskSection",
     "Tracking",
     "docs_markdown",

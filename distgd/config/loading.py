@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distgd.config.schema import at, in_words, known_keys, schema_rows
+from distgd.config.schema import at, holds_others, in_words, known_keys, schema_rows
 from distgd.config.sections import Config
 from distgd.config.text import parse
 from distgd.errors import BadInput
@@ -110,17 +110,18 @@ def _apply(given: dict[str, Any], override: str) -> None:
         raise BadInput(f"{override}: expected section.key=value, found {override!r}; such as batch.size=64")
     value = _plain(tuple(path), parse(text, dotted))
     inner = given
-    for part in path[:-1]:
-        inner = _section(inner, part)
+    for place, part in enumerate(path[:-1]):
+        inner = _section(inner, part, at(path[: place + 1]).get("short"))
     if len(path) > 1 and path[-2] == "every":  # it holds one key: a new one takes the old one's place
         inner.clear()
     inner[path[-1]] = value
 
 
-def _section(outer: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(outer: dict[str, Any], name: str, short: str | None) -> dict[str, Any]:
+    """The mapping below a name, there from now on; text that is short for it becomes its key `short`."""
     inner = outer.get(name)
     if not isinstance(inner, dict):
-        inner = {"name": inner} if name == "task" and isinstance(inner, str) else {}
+        inner = {short: inner} if short and isinstance(inner, str) else {}
         outer[name] = inner
     return inner
 
@@ -163,7 +164,7 @@ def _path(loc: tuple[str | int, ...]) -> Key:
     """The key that an error is about: pydantic goes on with the branch of a union."""
     for length in range(len(loc)):
         schema = at(loc[:length])
-        if "properties" not in schema and "items" not in schema:
+        if not holds_others(schema):
             return loc[:length]
     return loc
 

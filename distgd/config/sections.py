@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -21,13 +20,14 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
+from distgd.config.data import Data
+from distgd.config.strict import Amount, Count, Positive, Text
+from distgd.config.strict import Open as _Open
+from distgd.config.strict import Section as _Section
+from distgd.config.strict import refuse as _refuse
 from distgd.config.text import dump
 
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[
     str,
     Field(
@@ -37,28 +37,6 @@ Name = Annotated[
 ImportPath = Annotated[
     str, Field(pattern=r"^[^:\s]+:[^:\s]+$", json_schema_extra={"expected": "text of the form module:Class"})
 ]
-Text = Annotated[str, Field(min_length=1)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class _Open(_Section):
-    """A section whose unknown keys belong to somebody else."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keys that this section does not know itself."""
-        return dict(self.model_extra or {})
-
-
-def _refuse(key: str, expected: str, found: object, do: str) -> NoReturn:
-    raise PydanticCustomError("refused", "refused", {"key": key, "expected": expected, "found": found, "do": do})
 
 
 class Run(_Section):
@@ -75,11 +53,13 @@ class Run(_Section):
 class TaskSection(_Section):
     """Model, loss and data. `task: digits` is short for `task: {name: digits}`."""
 
+    model_config = ConfigDict(json_schema_extra={"short": "name"})
+
     name: Text | None = None
     """A built-in task; exactly one of name and path is given."""
     path: ImportPath | None = None
     """A class of your own, as module:Class."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default={})
     """Keyword arguments of the task."""
 
     @model_validator(mode="after")
@@ -89,13 +69,6 @@ class TaskSection(_Section):
             do = "set the other one to null" if found else "set task.name=digits or task.path=module:Class"
             _refuse("task", "exactly one of name, path", found, do)
         return self
-
-
-class Data(_Section):
-    """Where the training data lies."""
-
-    path: Text | None = None
-    """A file or a folder for tasks that read one; null is the task's own data."""
 
 
 class Batch(_Section):
