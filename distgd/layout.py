@@ -151,9 +151,28 @@ class Layout:
             parameter.data = views[name]
 
 
+def plain(name: str) -> str:
+    """A parameter's or buffer's name as it is without `torch.compile`.
+
+    >>> plain("_orig_mod.layers.0._orig_mod.weight")
+    'layers.0.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its first plain name, in the model's order."""
+    return {plain(name): parameter for name, parameter in model.named_parameters()}
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that take a gradient, by their first name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Parameters that take a gradient, by their first plain name, in the model's order."""
+    return {name: p for name, p in parameters(model).items() if p.requires_grad}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's `state_dict` under plain names: it loads into the model that `torch.compile` was given, too."""
+    return {plain(name): value for name, value in model.state_dict().items()}
 
 
 def _refuse_overlap(parameters: Mapping[str, nn.Parameter]) -> None:
@@ -189,7 +208,7 @@ class BufferLayout:
         """Place every buffer of `model` in its own order."""
         entries, at = [], 0
         for name, buffer in model.named_buffers():
-            entries.append((name, str(buffer.dtype), tuple(buffer.shape), at))
+            entries.append((plain(name), str(buffer.dtype), tuple(buffer.shape), at))
             at += -(-buffer.numel() * buffer.element_size() // 8) * 8
         return cls(tuple(entries), at)
 

@@ -7,7 +7,8 @@ servers, and the final ones come back into it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from distgd import weights
+from distgd.assignment import Assignment, Cast
 from distgd.config import Config, Every
-from distgd.driver import Assignment, Cast
 from distgd.errors import BadInput, DistgdError
 from distgd.evaluator import EvaluatorSpec
-from distgd.layout import Layout
+from distgd.layout import Layout, state, trainable
 from distgd.ledger import assign
 from distgd.optim import (
     OptimizerSpec,
@@ -30,20 +31,27 @@ from distgd.optim import (
     resolve_schedule,
 )
 from distgd.reduce import maximal
-from distgd.replica import Replica, users_error
+from distgd.replica import Blueprint, Replica, users_error
 from distgd.server import ServerSpec
 from distgd.shard import ShardRules
-from distgd.sources import Order, Source, open_source
-from distgd.tasks import Task
+from distgd.sources import Order, Source
+from distgd.stopping import Judge
+from distgd.tasks import Pieces, Task
 from distgd.worker import TaskSource, WorkerSpec
 
 TRIAL = 8  # held-out samples that are tried before the start
 EVAL_BATCH = 256  # samples per forward pass of an evaluation, at least
+ENDLESS = 1 << 40
+"""Steps of a run that no number of steps or epochs ends: more than any run commits."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `example` is a model input seen in the trial slot, None where the model takes something else."""
+    """A checked run.
+
+    `held_out` is what an evaluator must build, None where nothing is evaluated; `example` a model input seen in the
+    trial slot, None where the model takes something else.
+    """
 
     config: Config
     name: str
@@ -54,7 +62,7 @@ class Plan:
     steps: int
     optimizer: OptimizerSpec
     schedule: Schedule
-    evaluates: bool
+    held_out: Blueprint | None
     example: Tensor | None
     warnings: tuple[str, ...]
 
@@ -81,9 +89,15 @@ class Plan:
     @property
     def model_name(self) -> str:
         """The task as people call it."""
-        section = self.config.task
-        given = type(self.task.given).__name__ if self.task.given is not None else None
-        return given or section.name or section.path or "task"
+        section, given = self.config.task, self.task.given
+        if given is not None and not isinstance(given, Pieces):
+            return type(given).__name__
+        return section.name or section.path or (section.model or "task").rpartition(":")[2]
+
+    @property
+    def planned_steps(self) -> int | None:
+        """How many steps the run has unless something ends it before; None where only that ends it."""
+        return self.steps if self.steps < ENDLESS else None
 
     def every_steps(self, every: Every) -> int | None:
         """A cadence in steps, None where it is in seconds."""
@@ -100,7 +114,7 @@ class Plan:
             timeline,
             tuple(range(1, first_worker)),
             tuple(range(first_worker, after)),
-            after if self.evaluates else None,
+            after if self.held_out is not None else None,
         )
 
     def assignment(self) -> Assignment:
@@ -115,6 +129,8 @@ class Plan:
             self.schedule,
             self.every_steps(every),
             every.seconds,
+            self.config.stop.seconds,
+            Judge.of(self.config.stop, self.config.eval.best),
         )
 
     def specs(self, cast: Cast) -> dict[int, ServerSpec | WorkerSpec | EvaluatorSpec]:
@@ -134,6 +150,7 @@ class Plan:
         slices = self.layout.slices(len(cast.shards))
         flat = self.replica.flat.cpu().numpy()
         frozen = self.replica.frozen()
+        blueprint = self.replica.blueprint(self.source)
         specs: dict[int, ServerSpec | WorkerSpec | EvaluatorSpec] = {}
         for part, incarnation in zip(slices, cast.shards, strict=True):
             initial = flat[part.start : part.stop].copy()
@@ -154,7 +171,7 @@ class Plan:
                 rules,
                 incarnation,
                 slices,
-                self.layout,
+                blueprint,
                 self.task,
                 self.order,
                 config.run.seed,
@@ -164,11 +181,12 @@ class Plan:
                 config.cluster.threads,
                 self.quorum,
             )
-        if cast.evaluator is not None:
+        if cast.evaluator is not None and self.held_out is not None:
             specs[cast.evaluator] = EvaluatorSpec(
                 rules,
                 cast.evaluator,
                 slices,
+                self.held_out,
                 self.task,
                 config.run.seed,
                 frozen,
@@ -190,11 +208,20 @@ class Plan:
         return (
             f"{self.name}: {self.model_name}, {self.layout.count:,} parameters, {mode}{how}, "
             f"{_many(c.cluster.workers, 'worker')}, {_many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
-            f"{self.steps:,} steps of {self.order.batch} samples"
+            f"{self._length()} of {self.order.batch} samples"
         )
 
+    def _length(self) -> str:
+        """How long the run is, in words."""
+        stop, steps = self.config.stop, self.planned_steps
+        rules = [f"{stop.seconds:g} s"] if stop.seconds else []
+        rules += [f"stop.{name}" for name in ("target", "patience") if getattr(stop, name)]
+        if steps is None:
+            return f"steps until {' or '.join(rules)}"
+        return f"{steps:,} steps" + (f", or until {' or '.join(rules)}," if rules else "")
+
     def as_dict(self) -> dict[str, Any]:
-        """The plan as numbers: sizes in bytes."""
+        """The plan as numbers: sizes in bytes; `steps` is null where their number is not known."""
         itemsize, size = self.layout.itemsize, self.layout.size
         state = size * itemsize
         copies = _state_copies(self.optimizer, self.layout)
@@ -210,7 +237,7 @@ class Plan:
             "batch": self.order.batch,
             "slots": self.order.slots,
             "steps_per_epoch": self.order.steps_per_epoch,
-            "steps": self.steps,
+            "steps": self.planned_steps,
             "workers": self.config.cluster.workers,
             "servers": self.config.cluster.servers,
             "shard_elements": [part.size for part in self.layout.slices(self.config.cluster.servers)],
@@ -277,13 +304,16 @@ def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan
     steps = _steps(config, order)
     optimizer = resolve_optimizer(config.optimizer)
     check_groups(optimizer, [entry.name for entry in replica.layout.entries])
+    _check_schedule(config, steps)
     schedule = resolve_schedule(config.schedule, steps)
     _check_batch_norm(replica, order, steps)
     _check_model(replica, config)
+    before = replica.flat.clone()
     example = _try_one_slot(replica, source, order)
-    evaluates = hasattr(replica.task, "eval_data")
+    held_out = _try_evaluation(replica, config)
+    _refuse_written(replica, before)
     warnings = _warnings(config, order)
-    return Plan(config, name, where, replica, source, order, steps, optimizer, schedule, evaluates, example, warnings)
+    return Plan(config, name, where, replica, source, order, steps, optimizer, schedule, held_out, example, warnings)
 
 
 def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:
@@ -308,12 +338,18 @@ def _slots(config: Config, size: int) -> int:
 
 
 def _steps(config: Config, order: Order) -> int:
-    limits = [config.stop.steps, config.stop.epochs and config.stop.epochs * order.steps_per_epoch]
+    limits = [config.stop.steps, config.stop.epochs and config.stop.epochs * order.steps_per_epoch, ENDLESS]
     return min(limit for limit in limits if limit)
 
 
+def _check_schedule(config: Config, steps: int) -> None:
+    if steps == ENDLESS and config.schedule.steps is None and config.schedule.name in ("linear", "cosine", "one-cycle"):
+        expected = f"a number of steps with schedule.name={config.schedule.name}, as neither stop.steps nor stop.epochs"
+        raise BadInput.at("schedule.steps", f"{expected} says how long the run is", None, "set schedule.steps")
+
+
 def _check_model(replica: Replica, config: Config) -> None:
-    weights.check(replica.model.state_dict())
+    weights.check(state(replica.model))
     for name, view in replica.layout.views(replica.flat).items():
         if not bool(view.isfinite().all()):
             raise BadInput.at("task.model", "finite initial weights", f"others in {name}", "look at its initialization")
@@ -341,29 +377,58 @@ def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | No
     """Compute slot 0 of step 0 once: errors of the task show here, not on a cluster."""
     seen: list[Any] = []
     hook = replica.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    before = replica.flat.clone()
     try:
-        replica.gradient(source, order, 0, 0, replica.layout.zeros())
+        with _dense_only(replica):
+            replica.gradient(source, order, 0, 0, replica.layout.zeros())
     except DistgdError:
         raise
     except Exception as error:
         raise BadInput(f"task: its first slot could not be computed\n{users_error(error)}") from error
     finally:
         hook.remove()
-    if hasattr(replica.task, "eval_data"):
-        _try_evaluation(replica)
-    _refuse_written(replica, before)
     takes_one = bool(seen) and len(seen[0]) == 1 and isinstance(seen[0][0], Tensor)
     return seen[0][0].detach().clone() if takes_one else None
 
 
-def _try_evaluation(replica: Replica) -> None:
+@contextmanager
+def _dense_only(replica: Replica) -> Iterator[None]:
+    """Refuse gradients that come in a sparse form: shards step every element of a dense vector."""
+
+    def check(name: str, grad: Tensor) -> None:
+        if grad.layout != torch.strided:
+            do = "use a layer without sparse=True"
+            raise BadInput.at(f"parameter {name}", "a dense gradient", f"a sparse one ({grad.layout})", do)
+
+    hooks = [
+        parameter.register_hook(lambda grad, name=name: check(name, grad))  # type: ignore[no-untyped-call]
+        for name, parameter in trainable(replica.model).items()
+    ]
     try:
-        replica.evaluate(open_source(replica.task.eval_data()), TRIAL, samples=TRIAL)  # type: ignore[attr-defined]
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _try_evaluation(replica: Replica, config: Config) -> Blueprint | None:
+    """Evaluate a few samples: errors of the task, and metrics that the config names and nobody gives, show here."""
+    judge = Judge.of(config.stop, config.eval.best)
+    if not hasattr(replica.task, "eval_data"):
+        for key in ("stop.target", "stop.patience", "eval.best"):
+            section, name = key.split(".")
+            if getattr(getattr(config, section), name) is not None:
+                raise BadInput.at(key, "null, as the task has no eval_data", "a metric", "add eval_data, or remove it")
+        return None
+    try:
+        source = replica.eval_source()
+        found = replica.evaluate(source, TRIAL, samples=TRIAL)
     except DistgdError:
         raise
     except Exception as error:
         raise BadInput(f"task: it could not be evaluated\n{users_error(error)}") from error
+    if not hasattr(replica.task, "evaluate"):  # what that one returns is known once it has seen the whole set
+        judge.check({f"eval/{name}": value for name, value in found.items()})
+    return replica.blueprint(source)
 
 
 def _refuse_written(replica: Replica, before: Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sysconfig
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 from pathlib import Path
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from distgd import tasks
-from distgd.errors import BadInput
+from distgd.errors import BadInput, RunFailed
 from distgd.events import SlotStats
-from distgd.layout import BufferLayout, Layout, Slice, block_squares, squared_norm
+from distgd.layout import BufferLayout, Layout, Slice, block_squares, parameters, squared_norm
 from distgd.optim import clip_scale
-from distgd.sources import Order, Source, count, open_source, seed_everything, slot_seed, to_device
+from distgd.sources import Batch, Order, Source, data_seed, open_source, seed_everything, slot_seed, to_device
 
 Array = np.ndarray[Any, Any]
 
@@ -43,6 +43,49 @@ class SlotGradient:
     def empty(cls, slot: int, samples: int = 0) -> SlotGradient:
         """A slot that adds nothing: no samples in it, or none that has a weight."""
         return cls(SlotStats(slot, samples, 0.0, 0.0, 0.0, 0.0), bad=False, buffers=None)
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """What every process must build as the driver did: parameters, buffers, and the data's length and schema."""
+
+    layout: Layout
+    buffers: BufferLayout
+    samples: int
+    schema: dict[str, Any]
+
+    def check(self, found: Blueprint, data: str) -> None:
+        """Compare what a process has built.
+
+        Args:
+            data: which data it is, `train_data` or `eval_data`.
+
+        Raises:
+            RunFailed: names, shapes, types or lengths differ from the driver's; the message shows the difference.
+        """
+        same = "build the same model from the same seed everywhere"
+        for what, theirs, ours in (
+            ("parameters", [(e.name, e.shape) for e in self.layout.entries], _shapes(found.layout)),
+            ("buffers", [entry[:3] for entry in self.buffers.entries], [entry[:3] for entry in found.buffers.entries]),
+            ("type", [self.layout.dtype], [found.layout.dtype]),
+        ):
+            if theirs != ours:
+                only = f"driver only {_without(theirs, ours)}, here only {_without(ours, theirs)}"
+                raise RunFailed(f"task.model: expected the driver's {what}, found others: {only}; {same}")
+        if (self.samples, self.schema) != (found.samples, found.schema):
+            raise RunFailed(
+                f"task.{data}: expected the driver's {self.samples:,} samples of {self.schema}, found "
+                f"{found.samples:,} of {found.schema} here; every machine must read the same data"
+            )
+
+
+def _shapes(layout: Layout) -> list[tuple[Any, ...]]:
+    return [(entry.name, entry.shape) for entry in layout.entries]
+
+
+def _without(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The first few of `some` that are not among `others`; all of them in another order if that is the difference."""
+    return [each for each in some if each not in others][:5] or list(some[:5])
 
 
 class Replica:
@@ -66,12 +109,12 @@ class Replica:
         self.device = torch.device(device)
         self.clip = clip
         self.model = tasks.build(task, seed)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parameters(self.model).items():
             if frozen and name in frozen:
                 parameter.data.copy_(torch.from_numpy(frozen[name]))
         self.layout = Layout.of_model(self.model)
         self.model.to(self.device)
-        self.flat = self.layout.flatten(dict(self.model.named_parameters())).to(self.device)
+        self.flat = self.layout.flatten(parameters(self.model)).to(self.device)
         self.layout.adopt(self.model, self.flat)
         self.buffer_layout = BufferLayout.of_model(self.model)
         self.buffers = self.buffer_layout.pack(self.model)  # their committed value
@@ -79,7 +122,7 @@ class Replica:
 
     def frozen(self) -> dict[str, Array]:
         """Values of the parameters that take no gradient, by name."""
-        return {n: p.detach().cpu().numpy().copy() for n, p in self.model.named_parameters() if not p.requires_grad}
+        return {n: p.detach().cpu().numpy().copy() for n, p in parameters(self.model).items() if not p.requires_grad}
 
     def install(self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None) -> None:
         """Copy every shard's slice (by the shard's index) into the parameters; `buffers` become the committed ones."""
@@ -100,14 +143,16 @@ class Replica:
         indices = order.indices(step, slot)
         if not len(indices):
             return SlotGradient.empty(slot)
+        samples, of_slot = len(indices), (self.seed, order.epoch_of(step), step, slot)
+        seed_everything(data_seed(*of_slot))
         batch = to_device(source.batch(indices), self.device)
         self.buffer_layout.unpack(self.buffers, self.model)
-        seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
+        seed_everything(slot_seed(*of_slot))
         self.model.train()
         grad = out if self._grad is None else self._grad
-        loss, weight = self._backward(batch, grad)
+        loss, weight = self._backward(batch, samples, grad)
         if weight == 0.0:
-            return SlotGradient.empty(slot, count(batch))
+            return SlotGradient.empty(slot, samples)
         if grad is not out:
             out.copy_(grad)
         square = squared_norm(block_squares(out))
@@ -116,27 +161,26 @@ class Replica:
         out.mul_(weight)
         packed = self.buffer_layout.pack(self.model)
         changed = packed if not np.array_equal(packed, self.buffers) else None
-        stats = SlotStats(slot, count(batch), weight, loss, square, 0.0)
+        stats = SlotStats(slot, samples, weight, loss, square, 0.0)
         fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
         return SlotGradient(stats, bad=not (fits and isfinite(loss)), buffers=changed)
 
-    def _backward(self, batch: Any, grad: Tensor) -> tuple[float, float]:
+    def _backward(self, batch: Batch, samples: int, grad: Tensor) -> tuple[float, float]:
         grad.zero_()
-        views = self.layout.views(grad)
-        for name, parameter in self.model.named_parameters():
-            if name in views:
-                parameter.grad = views[name]
-        loss, weight = self._loss(batch)
+        views, named = self.layout.views(grad), parameters(self.model)
+        for name, view in views.items():
+            named[name].grad = view
+        loss, weight = self._loss(batch, samples)
         loss.backward()  # type: ignore[no-untyped-call]
-        for name, parameter in self.model.named_parameters():
-            if name in views and parameter.grad is not views[name]:
+        for name, view in views.items():
+            if named[name].grad is not view:
                 do = "leave .grad and zero_grad() to the run"
                 raise BadInput.at("task.loss", "a loss that leaves gradients alone", f"another .grad of {name}", do)
         return float(loss.detach()), weight
 
-    def _loss(self, batch: Any) -> tuple[Tensor, float]:
+    def _loss(self, batch: Batch, samples: int) -> tuple[Tensor, float]:
         answer = self.task.loss(self.model, batch)
-        loss, weight = answer if isinstance(answer, tuple) else (answer, count(batch))
+        loss, weight = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, samples)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise BadInput(f"task.loss: expected a scalar tensor, found {found}; return the mean over the samples")
@@ -148,26 +192,45 @@ class Replica:
 
     @torch.no_grad()
     def evaluate(self, source: Source, batch_size: int, samples: int | None = None) -> dict[str, float]:
-        """Means over the whole of `source`, whatever `batch_size`: the loss by its weight, metrics by samples.
+        """Metrics of the whole of `source`, whatever `batch_size`.
+
+        Means are exact: the loss by its weight, the task's `metrics` by samples. What the task's own `evaluate` returns
+        is added; it sees every batch of the set, in order.
 
         Args:
-            samples: only so many of them, for a trial.
+            samples: only so many of them, for a trial; `evaluate`, which is to see all, is then left out.
 
         Returns:
-            `loss`, and what the task's `metrics` names.
+            `loss`, and what the task's `metrics` and `evaluate` name.
+
+        Raises:
+            BadInput: `evaluate` returned something else than numbers by name.
         """
-        stop = len(source) if samples is None else min(samples, len(source))
         self.buffer_layout.unpack(self.buffers, self.model)
         self.model.eval()
+        stop = len(source) if samples is None else min(samples, len(source))
+        means = self._means(self._batches(source, batch_size, stop))
+        own = getattr(self.task, "evaluate", None)
+        if own is None or samples is not None:
+            return means
+        return means | _numbers(own(self.model, (batch for batch, _ in self._batches(source, batch_size, stop))))
+
+    def _batches(self, source: Source, size: int, stop: int) -> Iterator[tuple[Batch, int]]:
+        """Batches in order, each with its number of samples; the same chance in each pass."""
+        seed_everything(data_seed(self.seed, 0, 0, 0))
+        for first in range(0, stop, size):
+            indices = np.arange(first, min(first + size, stop))
+            yield to_device(source.batch(indices), self.device), len(indices)
+
+    def _means(self, batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
         metrics = getattr(self.task, "metrics", None)
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
-        for first in range(0, stop, batch_size):
-            batch = to_device(source.batch(np.arange(first, min(first + batch_size, stop))), self.device)
-            loss, weight = self._loss(batch)
+        for batch, samples in batches:
+            loss, weight = self._loss(batch, samples)
             parts = {"loss": (float(loss) * weight, weight)}
             for name, value in (metrics(self.model, batch) if metrics else {}).items():
-                parts[name] = _weighted(value, count(batch))
+                parts[name] = _weighted(value, samples)
             for name, (value, weight) in parts.items():
                 sums[name] = sums.get(name, 0.0) + value
                 weights[name] = weights.get(name, 0.0) + weight
@@ -182,7 +245,15 @@ class Replica:
 
     def train_source(self) -> Source:
         """The task's training data."""
-        return open_source(self.task.train_data())
+        return open_source(self.task.train_data(), getattr(self.task, "collate", None))
+
+    def eval_source(self) -> Source:
+        """The task's held-out data; the task has `eval_data`."""
+        return open_source(self.task.eval_data(), getattr(self.task, "collate", None))  # type: ignore[attr-defined]
+
+    def blueprint(self, source: Source) -> Blueprint:
+        """What was built here, to be compared with what others built."""
+        return Blueprint(self.layout, self.buffer_layout, len(source), source.schema())
 
     def has_batch_norm(self) -> bool:
         """Whether a slot of one sample cannot be trained on."""
@@ -194,6 +265,16 @@ def _weighted(value: Tensor | float, samples: int) -> tuple[float, float]:
     if isinstance(value, Tensor) and value.numel() > 1:
         return float(value.double().sum()), float(value.numel())
     return float(value) * samples, float(samples)
+
+
+def _numbers(found: object) -> dict[str, float]:
+    """What a task's `evaluate` returned, as floats."""
+    if not isinstance(found, Mapping):
+        raise BadInput.at("task.evaluate", "a mapping from names to numbers", type(found).__name__)
+    try:
+        return {str(name): float(value) for name, value in found.items()}
+    except (TypeError, ValueError) as error:
+        raise BadInput.at("task.evaluate", "a number for every name", dict(found), str(error)) from error
 
 
 OURS = Path(__file__).parent

@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,29 @@ CLIENT_SETTINGS = {
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST"}
 
 
+@dataclass(frozen=True)
+class ActiveRun:
+    """A run that this process has open in MLflow (`mlflow.start_run`): its store, its experiment's name, its id."""
+
+    uri: str
+    experiment: str
+    run_id: str
+
+
+def active_run() -> ActiveRun | None:
+    """The run that this thread has open in MLflow; None without one, and where MLflow is not even imported."""
+    mlflow = sys.modules.get("mlflow")
+    run = mlflow.active_run() if mlflow is not None else None
+    if mlflow is None or run is None:
+        return None
+    try:
+        experiment = mlflow.MlflowClient().get_experiment(run.info.experiment_id).name
+    except Exception as error:  # noqa: BLE001 - an unreachable store must not keep a run from starting
+        log.warning("MLflow: the active run %s could not be read: %s; it is no parent", run.info.run_id, error)
+        return None
+    return ActiveRun(absolute(mlflow.get_tracking_uri()), experiment, run.info.run_id)
+
+
 class _ExportError(Exception):
     """The model has no form that loads in plain torch."""
 
@@ -82,7 +106,10 @@ class Store:
         with _alone(_sqlite_file(self.uri)):
             self._client = MlflowClient(self.uri)
             self._experiment_id = self._experiment()
-        run = self._client.create_run(self._experiment_id, start_time=self._started_ms, run_name=self._info.name)
+        tags = {"mlflow.parentRunId": self._info.parent} if self._info.parent else {}
+        run = self._client.create_run(
+            self._experiment_id, start_time=self._started_ms, tags=tags, run_name=self._info.name
+        )
         self.run_id = run.info.run_id
 
     def _experiment(self) -> str:
@@ -137,10 +164,10 @@ class Store:
             ("the result", partial(self._result, end.result)),
             ("the status", lambda: self._client.set_terminated(self.run_id, STATUS.get(end.status, "FAILED"))),
         ]
-        if end.figure:
-            calls.append(("the figure", partial(self._client.log_artifact, self.run_id, str(end.figure), "report")))
-        if end.weights:
-            calls.append(("the weights", partial(self._client.log_artifact, self.run_id, str(end.weights))))
+        if end.report:
+            calls.append(("the report", partial(self._client.log_artifacts, self.run_id, str(end.report), "report")))
+        for file in end.weights:
+            calls.append((file.name, partial(self._client.log_artifact, self.run_id, str(file))))
         if end.model is not None:
             calls.append(("the model", partial(self._model, end.model, end.example)))
         return calls
@@ -304,15 +331,16 @@ class Mlflow:
     On a SQLite store that does not exist yet, the tables are made, and artifacts go to the folder `mlruns` beside it.
 
     Args:
-        every_steps: about the planned steps / 1,000.
+        every_steps: about the planned steps / 1,000; None where their number is not known: points get rarer as the run
+            goes on, about 700 for 1,000 steps and 2,400 for a million.
         every_seconds: takes the place of `every_steps` where it is given.
         deadline: seconds that `finish` waits at most. A store that never answered is not waited for.
     """
 
-    def __init__(self, every_steps: int = 1, every_seconds: float | None = None, deadline: float = 60.0) -> None:
+    def __init__(self, every_steps: int | None = 1, every_seconds: float | None = None, deadline: float = 60.0) -> None:
         self._every = every_steps
         self._every_seconds = every_seconds
-        self._shown = 0.0
+        self._shown, self._shown_step = 0.0, 0
         self._settings: list[str] = []  # variables that were set here, and are taken back
         self._deadline = deadline
         self._changed = threading.Condition()
@@ -346,7 +374,7 @@ class Mlflow:
             return
         if event["event"] == "step":
             self._thinned = None
-            self._shown = event["seconds"]
+            self._shown, self._shown_step = event["seconds"], event["step"]
         self._append(event)
 
     def _due(self, event: Event) -> bool:
@@ -354,6 +382,8 @@ class Mlflow:
             return True
         if self._every_seconds is not None:
             return bool(event["seconds"] >= self._shown + self._every_seconds)
+        if self._every is None:
+            return bool(event["step"] >= self._shown_step + max(1, event["step"] // 250))
         return bool(event["step"] % self._every == 0)
 
     def _append(self, event: Event) -> None:

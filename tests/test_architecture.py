@@ -29,11 +29,11 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics shard",  # pure: decide, never act
-            "wire transport tasks sources checkpoint records tracking progress report weights",  # doors to the outside
-            "server worker evaluator driver replica tally",  # actors, as plain classes
+            "layout optim policy ledger reduce codecs faults diagnostics shard stopping features",  # pure: decide, never act
+            "wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
+            "server worker evaluator driver assignment evaluations replica tally",  # actors, as plain classes
             "cluster inprocess",  # the engine
-            "trainer plan cli __main__ __init__",  # the story
+            "trainer plan result runinfo signals cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()

@@ -176,11 +176,14 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["run.seed=9223372036854775808"], ["run.seed", "< 2**63", "found 9223372036854775808"]),
     (["run=null"], ["run: expected a mapping with the keys name, storage, seed, found None"]),
     (["task.path=m:C"], ["task: expected exactly one of name, path", "'m:C'"]),
-    (["task={path: module.Class}"], ["task.path", "module:Class", "found 'module.Class'"]),
+    (["task={path: module.Class}"], ["task.path", "module:name", "found 'module.Class'"]),
     (["stop.epochs=null"], ["stop: expected at least one of epochs, steps"]),
     (["data.features.age.clp=3"], ["data.features.age.clp:", "kind, clip", "did you mean data.features.age.clip?"]),
     (["data.features.age=number"], ["data.features.age.kind: expected one of auto, numeric", "found 'number'"]),
-    (["data.features.age={kind: hashed, clip: 2}"], ["data.features.age: expected buckets beside kind: hashed", "clip"]),
+    (
+        ["data.features.age={kind: hashed, clip: 2}"],
+        ["data.features.age: expected buckets beside kind: hashed", "clip"],
+    ),
     (["data.features.age.size=0"], ["data.features.age.size: expected an integer >= 1 and <= 16,777,214", "found 0"]),
     (["data.features=[age]"], ["data.features: expected a mapping or null, found ['age']"]),
     (["data.csv.delimiter=', '"], ["data.csv.delimiter: expected one character, found ', '"]),
@@ -319,7 +322,7 @@ def test_every_key_of_a_config_has_a_row_with_its_default() -> None:
     flat = load(SMALL).flat()
     assert rows.keys() == {key.replace("every.epochs", "every") for key in flat}
     given = {"task.name", "stop.epochs", "eval.every.epochs"}
-    shown = {"task.args": "{}", "optimizer.groups": "[]", "data.csv.missing": '["", "?"]'}
+    shown = {"task.args": "{}", "optimizer.groups": "[]", "tracking.also": "[]", "data.csv.missing": '["", "?"]'}
     assert {key: rows[key].default for key in flat.keys() - given} == {
         key: shown.get(key, json.dumps(flat[key])) for key in flat.keys() - given
     }

@@ -21,7 +21,9 @@ from distgd.config.data import Csv, Data, Feature, HeldOut, TargetColumn
 from distgd.config.loading import load
 from distgd.config.schema import Row, docs_markdown, json_schema, schema_rows
 from distgd.config.sections import (
+    PIECES,
     Batch,
+    Best,
     Clip,
     Cluster,
     Config,
@@ -30,15 +32,20 @@ from distgd.config.sections import (
     Every,
     Group,
     Optimizer,
+    Patience,
     Run,
     Schedule,
     Stop,
+    Target,
     TaskSection,
     Tracking,
+    better,
 )
 
 __all__ = [
+    "PIECES",
     "Batch",
+    "Best",
     "Clip",
     "Cluster",
     "Config",
@@ -51,13 +58,16 @@ __all__ = [
     "Group",
     "HeldOut",
     "Optimizer",
+    "Patience",
     "Row",
     "Run",
     "Schedule",
     "Stop",
+    "Target",
     "TargetColumn",
     "TaskSection",
     "Tracking",
+    "better",
     "docs_markdown",
     "json_schema",
     "load",

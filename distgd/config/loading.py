@@ -58,7 +58,7 @@ def load(
 
 def _given(source: str | Path | Mapping[str, Any] | Config) -> Any:
     if isinstance(source, Config):
-        return source.model_dump(mode="json")
+        return source.model_dump(mode="json", exclude_unset=True)  # what was left open stays open
     if isinstance(source, Mapping):
         return source
     given = parse(_read(Path(source)), str(source))
