@@ -120,7 +120,7 @@ class Data(Section):
     """How a CSV file is read."""
     target: TargetColumn = TargetColumn()
     """The column to predict."""
-    features: Annotated[dict[Text, Feature] | None, Field(json_schema_extra={"each": "COLUMN"})] = None
+    features: Annotated[dict[str, Feature] | None, Field(json_schema_extra={"each": "COLUMN"})] = None
     """Columns, or patterns such as cap-*, and what becomes of them; others are left out; null is {"*": auto}."""
 
     @field_validator("target", mode="before")
