@@ -156,6 +156,22 @@ def _show_result(result: Payload) -> None:
         click.echo(f"curves      distgd ui {folder}")
 
 
+@commands.command()
+@click.argument("run")
+@as_json
+def report(run: str) -> Payload:
+    """Write a page about RUN: its result, curves, times and events.
+
+    RUN is a run folder or a name under runs/, of a run in any state. The page, report/index.html in that folder, is one
+    file for any browser; its pictures are beside it as well.
+    """
+    from distgd.report import write_report
+
+    page = write_report(_run_folder(run)).absolute()
+    click.echo(page)
+    return {"report": str(page)}
+
+
 @commands.group()
 def config() -> None:
     """Look at a config, or at every key that one can have."""

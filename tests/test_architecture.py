@@ -33,7 +33,7 @@ FLOORS = {
             "wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
             "server worker evaluator driver assignment evaluations replica tally",  # actors, as plain classes
             "cluster inprocess",  # the engine
-            "trainer plan result runinfo signals cli __main__ __init__",  # the story
+            "trainer plan prepare result runinfo signals cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()
@@ -43,6 +43,7 @@ FENCES = {  # outside package -> the rooms that may import it
     "zmq": {"transport"},
     "mlflow": {"tracking"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "click": {"cli"},
     "rich": {"cli", "progress"},
 }
