@@ -1,45 +1,36 @@
-"""What a run will be, worked out and checked before anything is started.
+"""What a run will be: its parts, who is to play what, and what it will cost. `distgd.prepare` makes and checks it.
 
-`prepare` loads the task, builds the driver's model, tries one slot of real data, and says everything that can be wrong
-with the input as one `BadInput`. Nothing is written. The plan's model is the run's: its initial weights go to the
-servers, and the final ones come back into it.
+The plan's model is the run's: its initial weights go to the servers, and the final ones come back into it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distgd import weights
 from distgd.assignment import Assignment, Cast
 from distgd.config import Config, Every
-from distgd.errors import BadInput, DistgdError
 from distgd.evaluator import EvaluatorSpec
-from distgd.layout import Layout, state, trainable
+from distgd.layout import Layout
 from distgd.ledger import assign
 from distgd.optim import (
     OptimizerSpec,
     PieceOptimizer,
     Schedule,
-    check_groups,
-    resolve_optimizer,
-    resolve_schedule,
 )
 from distgd.reduce import maximal
-from distgd.replica import Blueprint, Replica, users_error
+from distgd.replica import Blueprint, Replica
 from distgd.server import ServerSpec
 from distgd.shard import ShardRules
 from distgd.sources import Order, Source
 from distgd.stopping import Judge
-from distgd.tasks import Pieces, Task
+from distgd.tasks import Pieces
 from distgd.worker import TaskSource, WorkerSpec
 
-TRIAL = 8  # held-out samples that are tried before the start
 EVAL_BATCH = 256  # samples per forward pass of an evaluation, at least
 ENDLESS = 1 << 40
 """Steps of a run that no number of steps or epochs ends: more than any run commits."""
@@ -207,7 +198,7 @@ class Plan:
         slots = "batch.slots" if c.batch.slots else "batch.slots (unset, so one a worker)"
         return (
             f"{self.name}: {self.model_name}, {self.layout.count:,} parameters, {mode}{how}, "
-            f"{_many(c.cluster.workers, 'worker')}, {_many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
+            f"{many(c.cluster.workers, 'worker')}, {many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
             f"{self._length()} of {self.order.batch} samples"
         )
 
@@ -288,164 +279,6 @@ class Plan:
         ]
 
 
-def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan:
-    """Check everything that can be checked here and work out the run.
-
-    Raises:
-        BadInput: config, task or data cannot be used; the message says what to do.
-    """
-    where = TaskSource(config.task, config.data, task)
-    replica, source = _build(where, config)
-    size = len(source) if config.batch.size == "full" else config.batch.size
-    if size > len(source):
-        do = "set batch.size=full or a smaller number"
-        raise BadInput.at("batch.size", f"at most the {len(source)} samples of the training data", size, do)
-    order = Order(len(source), size, _slots(config, size), config.run.seed)
-    steps = _steps(config, order)
-    optimizer = resolve_optimizer(config.optimizer)
-    check_groups(optimizer, [entry.name for entry in replica.layout.entries])
-    _check_schedule(config, steps)
-    schedule = resolve_schedule(config.schedule, steps)
-    _check_batch_norm(replica, order, steps)
-    _check_model(replica, config)
-    before = replica.flat.clone()
-    example = _try_one_slot(replica, source, order)
-    held_out = _try_evaluation(replica, config)
-    _refuse_written(replica, before)
-    warnings = _warnings(config, order)
-    return Plan(config, name, where, replica, source, order, steps, optimizer, schedule, held_out, example, warnings)
-
-
-def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:
-    try:
-        replica = Replica(where.load(), config.run.seed)
-        return replica, replica.train_source()
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: it could not be built\n{users_error(error)}") from error
-
-
-def _slots(config: Config, size: int) -> int:
-    slots = config.batch.slots or min(config.cluster.workers, size)
-    if slots > size:
-        do = "a slot holds at least one sample"
-        raise BadInput.at("batch.slots", f"at most the {size} samples of a batch", slots, do)
-    quorum = config.consistency.quorum
-    if quorum is not None and quorum > slots:
-        raise BadInput.at("consistency.quorum", f"at most batch.slots={slots}", quorum, "set batch.slots")
-    return slots
-
-
-def _steps(config: Config, order: Order) -> int:
-    limits = [config.stop.steps, config.stop.epochs and config.stop.epochs * order.steps_per_epoch, ENDLESS]
-    return min(limit for limit in limits if limit)
-
-
-def _check_schedule(config: Config, steps: int) -> None:
-    if steps == ENDLESS and config.schedule.steps is None and config.schedule.name in ("linear", "cosine", "one-cycle"):
-        expected = f"a number of steps with schedule.name={config.schedule.name}, as neither stop.steps nor stop.epochs"
-        raise BadInput.at("schedule.steps", f"{expected} says how long the run is", None, "set schedule.steps")
-
-
-def _check_model(replica: Replica, config: Config) -> None:
-    weights.check(state(replica.model))
-    for name, view in replica.layout.views(replica.flat).items():
-        if not bool(view.isfinite().all()):
-            raise BadInput.at("task.model", "finite initial weights", f"others in {name}", "look at its initialization")
-    cluster = config.cluster
-    if cluster.backend == "inprocess" and cluster.compute_device == "cuda" and not torch.cuda.is_available():
-        raise BadInput.at("cluster.device", "a CUDA GPU on this machine", "none", "set cluster.device=cpu")
-
-
-def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:
-    if not replica.has_batch_norm():
-        return
-    for step in {0, min(steps, order.steps_per_epoch) - 1}:  # only an epoch's last batch differs from its first
-        for slot in range(order.slots):
-            first, stop = order.places(step, slot)
-            if stop - first == 1:
-                raise BadInput.at(
-                    "batch.slots",
-                    "two samples or more in every slot, as the model has BatchNorm",
-                    f"one sample in slot {slot} of step {step}",
-                    f"choose batch.size and batch.slots so that the last batch of the {order.samples} samples fits",
-                )
-
-
-def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | None:
-    """Compute slot 0 of step 0 once: errors of the task show here, not on a cluster."""
-    seen: list[Any] = []
-    hook = replica.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    try:
-        with _dense_only(replica):
-            replica.gradient(source, order, 0, 0, replica.layout.zeros())
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: its first slot could not be computed\n{users_error(error)}") from error
-    finally:
-        hook.remove()
-    takes_one = bool(seen) and len(seen[0]) == 1 and isinstance(seen[0][0], Tensor)
-    return seen[0][0].detach().clone() if takes_one else None
-
-
-@contextmanager
-def _dense_only(replica: Replica) -> Iterator[None]:
-    """Refuse gradients that come in a sparse form: shards step every element of a dense vector."""
-
-    def check(name: str, grad: Tensor) -> None:
-        if grad.layout != torch.strided:
-            do = "use a layer without sparse=True"
-            raise BadInput.at(f"parameter {name}", "a dense gradient", f"a sparse one ({grad.layout})", do)
-
-    hooks = [
-        parameter.register_hook(lambda grad, name=name: check(name, grad))  # type: ignore[no-untyped-call]
-        for name, parameter in trainable(replica.model).items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _try_evaluation(replica: Replica, config: Config) -> Blueprint | None:
-    """Evaluate a few samples: errors of the task, and metrics that the config names and nobody gives, show here."""
-    judge = Judge.of(config.stop, config.eval.best)
-    if not hasattr(replica.task, "eval_data"):
-        for key in ("stop.target", "stop.patience", "eval.best"):
-            section, name = key.split(".")
-            if getattr(getattr(config, section), name) is not None:
-                raise BadInput.at(key, "null, as the task has no eval_data", "a metric", "add eval_data, or remove it")
-        return None
-    try:
-        source = replica.eval_source()
-        found = replica.evaluate(source, TRIAL, samples=TRIAL)
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: it could not be evaluated\n{users_error(error)}") from error
-    if not hasattr(replica.task, "evaluate"):  # what that one returns is known once it has seen the whole set
-        judge.check({f"eval/{name}": value for name, value in found.items()})
-    return replica.blueprint(source)
-
-
-def _refuse_written(replica: Replica, before: Tensor) -> None:
-    views, former = replica.layout.views(replica.flat), replica.layout.views(before)
-    written = [name for name, view in views.items() if not torch.equal(view, former[name])]
-    if written:
-        do = "keep running values in buffers (register_buffer)"
-        raise BadInput.at("task.model", "parameters that only the optimizer changes", written, do)
-
-
-def _warnings(config: Config, order: Order) -> tuple[str, ...]:
-    workers, sync = config.cluster.workers, config.consistency.mode == "sync"
-    if not sync or workers <= order.slots:
-        return ()
-    return (f"{workers - order.slots} of {workers} workers are idle: a step has {_many(order.slots, 'slot')}",)
-
-
 def _state_copies(spec: OptimizerSpec, layout: Layout) -> int:
     """Vectors of the weights' size that the optimizer keeps, counted on one element."""
     trial = torch.zeros(1, dtype=layout.torch_dtype)
@@ -461,5 +294,10 @@ def _bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _many(count: int, what: str) -> str:
+def many(count: int, what: str) -> str:
+    """A number of things, in words.
+
+    >>> many(2, "slot")
+    '2 slots'
+    """
     return f"{count} {what}" + ("s" if count != 1 else "")

@@ -1,6 +1,6 @@
 """A run from start to finish.
 
-    prepare   config and task are checked, the driver's model is built, one slot is tried    (distgd.plan)
+    prepare   config and task are checked, the driver's model is built, one slot is tried    (distgd.prepare)
     start     the run folder, the trackers, the cluster; everybody reports that it is ready
     train     messages go to the driver's state machine, its effects are performed
     finish    the last weights, the figure, the result; the cluster ends, whatever happened
@@ -33,7 +33,8 @@ from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
 from distgd.inprocess import InProcessCluster
 from distgd.layout import state
-from distgd.plan import Plan, prepare
+from distgd.plan import Plan
+from distgd.prepare import prepare
 from distgd.records import Jsonl, Many, RunEnd, Tracker
 from distgd.replica import users_error
 from distgd.report import write_report

@@ -15,7 +15,8 @@ from distgd.config import load
 from distgd.driver import Account, Driver, Finish, Log
 from distgd.errors import DistgdError
 from distgd.inprocess import SLOT_SECONDS, InProcessCluster
-from distgd.plan import Plan, prepare
+from distgd.plan import Plan
+from distgd.prepare import prepare
 
 
 @dataclass

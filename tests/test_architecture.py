@@ -29,7 +29,7 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics shard stopping features",  # pure: decide, never act
+            "layout optim policy ledger reduce codecs faults diagnostics shard stopping features",  # pure: decide
             "wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
             "server worker evaluator driver assignment evaluations replica tally",  # actors, as plain classes
             "cluster inprocess",  # the engine

@@ -195,7 +195,7 @@ def test_what_cannot_be_placed_is_an_error_that_says_what_there_is(ray_cluster: 
 def simulate_plan() -> Any:
     from simulate import config
 
-    from distgd.plan import prepare
+    from distgd.prepare import prepare
 
     plan = prepare(config(OddTask(106)), OddTask(106))
     return plan.specs(plan.cast())[2]

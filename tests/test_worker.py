@@ -13,7 +13,8 @@ from simulate import config
 from distgd import events as ev
 from distgd.errors import RunFailed
 from distgd.layout import Layout
-from distgd.plan import Plan, prepare
+from distgd.plan import Plan
+from distgd.prepare import prepare
 from distgd.worker import Worker, WorkerSpec
 
 SAMPLES, BATCH, SLOTS = 256, 32, 8
