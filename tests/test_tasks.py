@@ -59,7 +59,7 @@ def test_gradients_of_built_ins_agree_with_finite_differences(name: str) -> None
     task = named(name, **SMALL.get(name, {}))
     model = build(task, seed=0).double().eval()
     batch = open_source(task.train_data()).batch(np.arange(3))
-    if name == "digits":
+    if name in ("digits", "tabular"):
         batch = (batch[0].double(), batch[1])
     if name == "synthetic":
         batch = batch.double()
