@@ -20,15 +20,17 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
 from distgd import events as ev
+from distgd.config import Config
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
+from distgd.resources import Resources, fit
 from distgd.transport import ZmqEndpoint
 from distgd.wire import Codec
 
@@ -72,12 +74,13 @@ class Cluster(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What Ray sets aside for a process of one role."""
-
-    cpus: float
-    gpus: float
+def resources(config: Config) -> dict[str, Resources]:
+    """What is set aside for a process, by role."""
+    return {
+        "server": Resources(1.0, 0.0),
+        "worker": Resources(config.cluster.cpus, config.cluster.gpus),
+        "evaluator": Resources(config.eval.cpus, config.eval.gpus),
+    }
 
 
 class Process:
@@ -183,8 +186,9 @@ class RayCluster:
 
         began = self.now()
         if not ray.is_initialized():
-            self._connect(specs)
+            self.connect(sum(self._resources[spec.role].cpus for spec in specs.values()))
         self._check_gpus(specs)
+        self._check_trial(specs)
         listen = ("ipc", "tcp") if len(_nodes()) > 1 else ("ipc",)
         codec = Codec(ev.MESSAGES)
         host = _node_address() if "tcp" in listen else None
@@ -207,11 +211,12 @@ class RayCluster:
                 raise BadInput(f"task: expected an object that can be sent to processes ({error}); {do}") from error
             self._running[life] = incarnation
 
-    def _connect(self, specs: Mapping[int, Spec]) -> None:
+    def connect(self, cpus: float) -> None:
+        """Join the cluster at the address, or start a private one with so many CPUs; `close` ends that."""
         if self._address is not None:
             self._join(self._address)
         else:
-            self._start_private(sum(self._resources[spec.role].cpus for spec in specs.values()))
+            self._start_private(cpus)
 
     def _join(self, address: str) -> None:
         import ray
@@ -272,6 +277,28 @@ class RayCluster:
         if self._private is not None and asked > there:
             do = "lower cluster.workers, cluster.gpus or eval.gpus, or set cluster.address"
             raise BadInput.at("cluster.gpus", f"at most the {there:g} GPUs of this machine in all", asked, do)
+
+    def _check_trial(self, specs: Mapping[int, Spec]) -> None:
+        """In a placement group, such as a trial's, processes that find no room would wait for ever."""
+        import ray.util
+
+        group = ray.util.get_current_placement_group()
+        if group is None:
+            return
+        free = [dict(bundle) for bundle in group.bundle_specs]
+        for name, amount in ray.get_runtime_context().get_assigned_resources().items():
+            mine = next((b for b in free if b.get(name, 0.0) >= amount), None)
+            if mine is not None:
+                mine[name] -= amount
+        asks = [self._resources[spec.role] for spec in specs.values()]
+        if not fit(asks, free):
+            wanted = [bundle for ask in asks if (bundle := ask.bundle())]
+            do = (
+                "tune.with_resources(trial, tune.PlacementGroupFactory(distgd.bundles(config))) asks for enough; "
+                "or lower cluster.workers, cluster.servers or cluster.cpus"
+            )
+            found = f"{free} beside what runs there already"
+            raise BadInput.at("cluster", f"a placement group with room for {wanted}", found, do)
 
     def _actor(self, incarnation: int, spec: Spec, listen: tuple[str, ...]) -> Any:
         import ray
@@ -352,6 +379,32 @@ class RayCluster:
             _end_all(self._private)
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
+
+
+@contextlib.contextmanager
+def shared_cluster(configs: Sequence[Config], max_bytes: int) -> Iterator[None]:
+    """Ray for several runs, one after the other: they find this process connected, use that cluster and leave it up.
+
+    It has the CPUs of the largest run and the first run's address. A process that is connected already stays so.
+
+    Args:
+        max_bytes: the largest array in a message of any run.
+    """
+    import ray
+
+    first = configs[0].cluster
+    shared = RayCluster(first.address, {}, max(config.cluster.start_seconds for config in configs), max_bytes)
+    try:
+        if not ray.is_initialized():
+            shared.connect(max(map(_cpus, configs)))
+        yield
+    finally:
+        shared.close()
+
+
+def _cpus(config: Config) -> float:
+    counts = {"server": config.cluster.servers, "worker": config.cluster.workers, "evaluator": 1}
+    return sum(counts[role] * wanted.cpus for role, wanted in resources(config).items())
 
 
 def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> dict[int, str]:

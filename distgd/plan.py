@@ -94,6 +94,11 @@ class Plan:
         """A cadence in steps, None where it is in seconds."""
         return every.steps or (every.epochs * self.order.steps_per_epoch if every.epochs else None)
 
+    @property
+    def largest_message(self) -> int:
+        """Bytes of all weights and buffers."""
+        return self.layout.size * self.layout.itemsize + self.replica.buffer_layout.size
+
     # Who will play what.
 
     def cast(self, timeline: int = 1) -> Cast:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd import weights
-from distgd.cluster import Cluster, RayCluster, Resources
+from distgd.cluster import Cluster, RayCluster, resources
 from distgd.config import Config, load
 from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
@@ -157,7 +157,7 @@ def launch(
         config, parent = _in_active_run(config)
         plan = prepare(_absolute(config), task, name)
         also = [tracker(path) for path in config.tracking.also]
-        run_dir = _run_dir(plan.config, name)
+        run_dir = new_folder(plan.config, name)
         run = _Run(plan, run_dir, watch, began if began is not None else time.time(), parent, also)
         with interruptible(lambda: run.closing) as run.listen_to_signals:
             return run.execute(cluster)
@@ -190,7 +190,8 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update=changed)
 
 
-def _run_dir(config: Config, name: str) -> Path:
+def new_folder(config: Config, name: str) -> Path:
+    """The folder of a run that is yet to come, made; one that holds files is `BadInput`."""
     stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     run_dir = Path(config.run.storage) / (config.run.name or stamp)
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -421,13 +422,7 @@ def _cluster(plan: Plan) -> Cluster:
     if config.cluster.backend == "inprocess":
         torch.set_num_threads(config.cluster.threads)
         return InProcessCluster(config.run.seed)
-    resources = {
-        "server": Resources(1.0, 0.0),
-        "worker": Resources(config.cluster.cpus, config.cluster.gpus),
-        "evaluator": Resources(config.eval.cpus, config.eval.gpus),
-    }
-    state = plan.layout.size * plan.layout.itemsize + plan.replica.buffer_layout.size
-    return RayCluster(config.cluster.address, resources, config.cluster.start_seconds, state)
+    return RayCluster(config.cluster.address, resources(config), config.cluster.start_seconds, plan.largest_message)
 
 
 def _mlflow(plan: Plan) -> Mlflow:
