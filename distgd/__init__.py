@@ -27,13 +27,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distgd.config import Config
     from distgd.errors import BadInput, Diverged, RunFailed
+    from distgd.resources import bundles
     from distgd.result import Result
     from distgd.stopping import Stop
     from distgd.trainer import train
 
 __version__ = "0.1.0"
 
-__all__ = ["BadInput", "Config", "Diverged", "Result", "RunFailed", "Stop", "__version__", "train"]
+__all__ = ["BadInput", "Config", "Diverged", "Result", "RunFailed", "Stop", "__version__", "bundles", "train"]
 
 _HOMES = {
     "BadInput": "distgd.errors",
@@ -42,6 +43,7 @@ _HOMES = {
     "Result": "distgd.result",
     "RunFailed": "distgd.errors",
     "Stop": "distgd.stopping",
+    "bundles": "distgd.resources",
     "train": "distgd.trainer",
 }
 

@@ -30,7 +30,7 @@ import psutil
 from distgd import events as ev
 from distgd.config import Config
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
-from distgd.resources import Resources, fit
+from distgd.resources import Resources, by_role, fit
 from distgd.transport import ZmqEndpoint
 from distgd.wire import Codec
 
@@ -72,15 +72,6 @@ class Cluster(Protocol):
     def receive(self, timeout: float) -> tuple[int, Any] | None: ...
 
     def close(self) -> None: ...
-
-
-def resources(config: Config) -> dict[str, Resources]:
-    """What is set aside for a process, by role."""
-    return {
-        "server": Resources(1.0, 0.0),
-        "worker": Resources(config.cluster.cpus, config.cluster.gpus),
-        "evaluator": Resources(config.eval.cpus, config.eval.gpus),
-    }
 
 
 class Process:
@@ -286,7 +277,8 @@ class RayCluster:
         if group is None:
             return
         free = [dict(bundle) for bundle in group.bundle_specs]
-        for name, amount in ray.get_runtime_context().get_assigned_resources().items():
+        own: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+        for name, amount in own.items():
             mine = next((b for b in free if b.get(name, 0.0) >= amount), None)
             if mine is not None:
                 mine[name] -= amount
@@ -404,7 +396,7 @@ def shared_cluster(configs: Sequence[Config], max_bytes: int) -> Iterator[None]:
 
 def _cpus(config: Config) -> float:
     counts = {"server": config.cluster.servers, "worker": config.cluster.workers, "evaluator": 1}
-    return sum(counts[role] * wanted.cpus for role, wanted in resources(config).items())
+    return sum(counts[role] * wanted.cpus for role, wanted in by_role(config).items())
 
 
 def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> dict[int, str]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd import weights
-from distgd.cluster import Cluster, RayCluster, resources
+from distgd.cluster import Cluster, RayCluster
 from distgd.config import Config, load
 from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
@@ -38,6 +38,7 @@ from distgd.prepare import prepare
 from distgd.records import Jsonl, Many, RunEnd, Tracker
 from distgd.replica import users_error
 from distgd.report import write_report
+from distgd.resources import by_role
 from distgd.result import Result, summarize
 from distgd.runinfo import describe
 from distgd.signals import interruptible
@@ -422,7 +423,7 @@ def _cluster(plan: Plan) -> Cluster:
     if config.cluster.backend == "inprocess":
         torch.set_num_threads(config.cluster.threads)
         return InProcessCluster(config.run.seed)
-    return RayCluster(config.cluster.address, resources(config), config.cluster.start_seconds, plan.largest_message)
+    return RayCluster(config.cluster.address, by_role(config), config.cluster.start_seconds, plan.largest_message)
 
 
 def _mlflow(plan: Plan) -> Mlflow:

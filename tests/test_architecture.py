@@ -32,7 +32,7 @@ FLOORS = {
             "layout optim policy ledger reduce codecs faults diagnostics shard stopping features",  # pure: decide
             "wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
             "server worker evaluator driver assignment evaluations replica tally",  # actors, as plain classes
-            "cluster inprocess",  # the engine
+            "cluster inprocess resources",  # the engine
             "trainer plan prepare result runinfo signals cli __main__ __init__",  # the story
         )
     )

@@ -22,9 +22,10 @@ import torch
 from simulate import OddTask, simulate
 
 from distgd import train
-from distgd.cluster import RayCluster, Resources
+from distgd.cluster import RayCluster
 from distgd.config import load
 from distgd.errors import BadInput, DeadlineExceeded, Diverged, RunFailed
+from distgd.resources import Resources
 from distgd.trainer import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
