@@ -26,6 +26,8 @@ Numbers = np.ndarray[tuple[int], np.dtype[np.float64]]
 LARGEST = 1e150
 """Numbers up to this have a finite square; a mean and a standard deviation need that."""
 
+MOST_NAMED = 20
+
 
 @dataclass(frozen=True)
 class CsvFile:
@@ -174,6 +176,12 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def names(self) -> str:
+        """Its columns, for a message; the first ones of many."""
+        names = list(self.columns)
+        return ", ".join(names if len(names) <= MOST_NAMED else [*names[:MOST_NAMED], f"... {len(names)} in all"])
+
     def column(self, name: str) -> Column:
         """One of the columns.
 
@@ -181,9 +189,8 @@ class Table:
             BadInput: there is none of that name.
         """
         if name not in self.columns:
-            found = ", ".join(self.columns)
-            do = "both files need the columns that are used; see data.csv.columns"
-            raise BadInput.at(str(self.file.path), f"a column {name}", found, do)
+            do = "correct the name, or the names in the file or in data.csv.columns"
+            raise BadInput.at(str(self.file.path), f"a column {name}", self.names, do)
         return Column(name, self.columns[name], self)
 
     def take(self, rows: Indices) -> Table:

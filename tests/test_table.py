@@ -168,3 +168,6 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(path: Path) -> None:
     with pytest.raises(BadInput, match=r"rows\.csv: expected a column z, found 'x, y'"):
         read(path, "x,y\n1,2\n").column("z")
+    wide = read(path, ",".join(f"c{place}" for place in range(100)) + "\n" + "1," * 99 + "1\n")
+    with pytest.raises(BadInput, match=r"c18, c19, ... 100 in all'"):
+        wide.column("z")

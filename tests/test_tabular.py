@@ -190,7 +190,12 @@ def test_the_model_takes_one_tensor_of_each_width(houses: str, args: dict[str, A
 
 TRAIN = ("x,c,y", "1,a,no", "2,b,yes", "3,a,no", "4,b,yes")
 BAD: list[tuple[tuple[str, ...], tuple[str, ...], dict[str, Any], list[str]]] = [
-    (TRAIN, (), {"target": {}}, ["data.target.column: expected the column to predict", "data.target=NAME"]),
+    (
+        TRAIN,
+        (),
+        {"target": {}},
+        ["data.target.column: expected the column to predict (x, c, y), found None", "data.target="],
+    ),
     (TRAIN, (), {"target": "z"}, ["train.csv: expected a column z, found 'x, c, y'"]),
     (TRAIN, ("x,y", "1,no"), {}, ["later.csv: expected a column c, found 'x, y'"]),
     (TRAIN, ("x,c,y", "1,a,maybe"), {}, ["later.csv, line 2, column y", "(no, yes)", "'maybe'", "trim"]),
@@ -249,6 +254,11 @@ def test_what_is_said_about_a_file_needs_one() -> None:
     for data in ({"csv": {"skip_rows": 1}}, {"held_out": {"path": "a.csv"}}):
         with pytest.raises(BadInput, match=r"expected nothing without data\.path"):
             load(TaskSection(name="tabular"), Data.model_validate(data)).train_data()
+
+
+def test_the_section_is_not_an_argument() -> None:
+    with pytest.raises(BadInput, match=r"task\.args\.data: expected nothing, as it comes from the section data"):
+        load(TaskSection(name="tabular", args={"data": 3}), Data())
 
 
 def test_a_task_that_reads_no_columns_refuses_what_is_said_about_them() -> None:

@@ -126,7 +126,11 @@ def _made(path: str, args: dict[str, Any], data: Data) -> object:
     if not callable(make):
         raise BadInput.at("task.path", "a class", make)
     parameters = signature("task.path", path, make)
-    return called("task.args", make, {**args, **_of_data(data, parameters)}, parameters)
+    taken = _of_data(data, parameters)
+    for name in args.keys() & taken.keys():
+        do = "remove it and set data.path or its like"
+        raise BadInput.at(f"task.args.{name}", "nothing, as it comes from the section data", args[name], do)
+    return called("task.args", make, {**args, **taken}, parameters)
 
 
 def _of_data(data: Data, parameters: Parameters) -> dict[str, Any]:

@@ -101,9 +101,9 @@ class Tabular:
     @cached_property
     def _prepared(self) -> Prepared:
         data = _sample(self.data) if self.data.path is None else self.data
-        if data.target.column is None:
-            raise BadInput.at("data.target.column", "the column to predict", None, "set data.target=NAME")
         train, held_out = _tables(data)
+        if data.target.column is None:
+            raise BadInput.at("data.target.column", f"the column to predict ({train.names})", None, "set data.target=")
         target = fit_target(train.column(data.target.column), data.target)
         features = Features.fit(_chosen(train, data, data.target.column))
         dtype = getattr(torch, self.dtype)
@@ -182,7 +182,7 @@ def _chosen(table: Table, data: Data, target: str) -> list[tuple[Column, Feature
         if name == target:
             raise BadInput.at(f"data.features.{name}", "a column that is not the target", name, "remove it")
         if not any(fnmatchcase(column, name) or column == name for column in table.columns):
-            expected = f"a column of {table.file.path} or a pattern that matches one ({', '.join(table.columns)})"
+            expected = f"a column of {table.file.path} or a pattern that matches one ({table.names})"
             raise BadInput.at(f"data.features.{name}", expected, name, nearest(name, table.columns))
     said = {name: data.feature(name) for name in table.columns if name != target}
     chosen = [(table.column(name), each) for name, each in said.items() if each and each.kind != "drop"]
