@@ -22,10 +22,7 @@ from pydantic import (
 )
 
 from distgd.config.data import Data
-from distgd.config.strict import Amount, Count, Positive, Text
-from distgd.config.strict import Open as _Open
-from distgd.config.strict import Section as _Section
-from distgd.config.strict import refuse as _refuse
+from distgd.config.strict import Amount, Count, Open, Positive, Section, Text, refuse
 from distgd.config.text import dump
 
 Name = Annotated[
@@ -39,7 +36,7 @@ ImportPath = Annotated[
 ]
 
 
-class Run(_Section):
+class Run(Section):
     """The run's name, place and seed."""
 
     name: Name | None = None
@@ -54,7 +51,7 @@ PIECES = ("model", "loss", "train_data", "eval_data", "metrics", "evaluate", "co
 """What a task can be given as, one by one; the first three are needed."""
 
 
-class TaskSection(_Section):
+class TaskSection(Section):
     """Model, loss and data. `task: digits` is short for `task: {name: digits}`.
 
     It is named in one of three ways: a built-in one by name, a class by path, or its pieces one by one.
@@ -94,19 +91,19 @@ class TaskSection(_Section):
         found = {key: value for key, value in ways.items() if value}
         if sum((self.name is not None, self.path is not None, bool(self.pieces))) != 1:
             do = "set the others to null" if found else "set task.name=digits or task.path=module:Class"
-            _refuse("task", "exactly one of name, path, or the pieces model, loss, train_data", found, do)
+            refuse("task", "exactly one of name, path, or the pieces model, loss, train_data", found, do)
         if self.pieces:
             missing = [key for key in PIECES[:3] if key not in self.pieces]
             if missing:
-                _refuse("task", "model, loss and train_data together", found, f"add {', '.join(missing)}")
+                refuse("task", "model, loss and train_data together", found, f"add {', '.join(missing)}")
             for key in self.args:
                 if key not in self.pieces:
                     do = f"such as task.args={{{next(iter(self.pieces))}: {{...}}}}"
-                    _refuse(f"task.args.{key}", f"one of the pieces {', '.join(self.pieces)}", self.args[key], do)
+                    refuse(f"task.args.{key}", f"one of the pieces {', '.join(self.pieces)}", self.args[key], do)
         return self
 
 
-class Batch(_Section):
+class Batch(Section):
     """The global batch of a step and its pieces."""
 
     size: Count | Literal["full"] = 32
@@ -117,11 +114,11 @@ class Batch(_Section):
     @model_validator(mode="after")
     def _cut(self) -> Self:
         if self.slots is not None and self.size != "full" and self.slots > self.size:
-            _refuse("batch.slots", f"at most batch.size={self.size}", self.slots, "a slot holds at least one sample")
+            refuse("batch.slots", f"at most batch.size={self.size}", self.slots, "a slot holds at least one sample")
         return self
 
 
-class Target(_Section):
+class Target(Section):
     """A value of an evaluation metric that is good enough."""
 
     metric: Text
@@ -136,11 +133,11 @@ class Target(_Section):
         _check_evaluated("stop.target.metric", self.metric)
         if (self.at_least is None) == (self.at_most is None):
             found = {key: value for key, value in self if value is not None}
-            _refuse("stop.target", "exactly one of at_least, at_most", found, "set stop.target.at_least=0.95")
+            refuse("stop.target", "exactly one of at_least, at_most", found, "set stop.target.at_least=0.95")
         return self
 
 
-class Patience(_Section):
+class Patience(Section):
     """How long a metric may go without getting better."""
 
     metric: Text
@@ -158,7 +155,7 @@ class Patience(_Section):
         return self
 
 
-class Best(_Section):
+class Best(Section):
     """The evaluation whose weights are kept in best.safetensors."""
 
     metric: Text
@@ -184,16 +181,16 @@ def better(key: str, metric: str, mode: Literal["min", "max"] | None) -> Literal
     last = metric.replace("/", "_").replace("-", "_").rsplit("_", 1)[-1].lower()
     if mode is None and last not in (*LOWER, *HIGHER):
         known = ", ".join((*LOWER, *HIGHER))
-        _refuse(f"{key}.mode", f"min or max, as the name of {metric} does not end in one of {known}", None, "set it")
+        refuse(f"{key}.mode", f"min or max, as the name of {metric} does not end in one of {known}", None, "set it")
     return mode or ("min" if last in LOWER else "max")
 
 
 def _check_evaluated(key: str, metric: str) -> None:
     if not metric.startswith("eval/") or metric == "eval/":
-        _refuse(key, "a metric of the evaluations, eval/NAME", metric, "such as eval/loss")
+        refuse(key, "a metric of the evaluations, eval/NAME", metric, "such as eval/loss")
 
 
-class Stop(_Section):
+class Stop(Section):
     """When the run ends: at least one key is given, and whichever comes first counts.
 
     With target or patience, and evaluations by steps or epochs, training waits for each evaluation, so that the run
@@ -219,18 +216,18 @@ class Stop(_Section):
     @model_validator(mode="after")
     def _some(self) -> Self:
         if all(value is None for _, value in self):
-            _refuse("stop", "at least one of epochs, steps, seconds, target, patience", {}, "set stop.epochs=10")
+            refuse("stop", "at least one of epochs, steps, seconds, target, patience", {}, "set stop.epochs=10")
         return self
 
 
-class Group(_Open):
+class Group(Open):
     """Parameters with arguments of their own; all other keys are the optimizer's."""
 
     match: Text
     """A pattern on parameter names, such as *.bias; the first group that matches takes the parameter."""
 
 
-class Clip(_Section):
+class Clip(Section):
     """Limits on the gradient's norm."""
 
     norm: Positive | None = None
@@ -239,7 +236,7 @@ class Clip(_Section):
     """Limit on the norm of each slot's gradient, before they are added."""
 
 
-class Optimizer(_Open):
+class Optimizer(Open):
     """The update rule. All other keys are the optimizer's own arguments, such as momentum or betas."""
 
     name: Text = "sgd"
@@ -252,7 +249,7 @@ class Optimizer(_Open):
     """Limits on the gradient's norm."""
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """The learning rate as a function of the step."""
 
     name: Literal["constant", "step", "exponential", "linear", "cosine", "inverse-sqrt", "one-cycle"] = "constant"
@@ -273,7 +270,7 @@ class Schedule(_Section):
     """one-cycle begins at the learning rate divided by this."""
 
 
-class Consistency(_Section):
+class Consistency(Section):
     """How servers treat gradients that arrive at different times."""
 
     mode: Literal["sync", "bounded", "async"] = "sync"
@@ -296,15 +293,15 @@ class Consistency(_Section):
     def _fits_mode(self) -> Self:
         mode = f"consistency.mode={self.mode}"
         if self.staleness is not None and self.mode != "bounded":
-            _refuse("consistency.staleness", f"null with {mode}", self.staleness, "set consistency.mode=bounded")
+            refuse("consistency.staleness", f"null with {mode}", self.staleness, "set consistency.mode=bounded")
         if self.quorum is not None and self.mode != "sync":
-            _refuse("consistency.quorum", f"null with {mode}", self.quorum, "set consistency.mode=sync")
+            refuse("consistency.quorum", f"null with {mode}", self.quorum, "set consistency.mode=sync")
         if self.scale_lr and self.mode == "sync":
-            _refuse("consistency.scale_lr", f"false with {mode}", True, "no gradient is stale there")
+            refuse("consistency.scale_lr", f"false with {mode}", True, "no gradient is stale there")
         return self
 
 
-class Cluster(_Section):
+class Cluster(Section):
     """Processes and machines."""
 
     backend: Literal["ray", "inprocess"] = "ray"
@@ -347,14 +344,14 @@ class Cluster(_Section):
         if self.address is None:
             return self
         if self.backend != "ray":
-            _refuse("cluster.address", f"null with cluster.backend={self.backend}", self.address, "remove it")
+            refuse("cluster.address", f"null with cluster.backend={self.backend}", self.address, "remove it")
         if self.address.startswith("ray://"):
             do = "Ray Client is not for training; run distgd on a node of the cluster"
-            _refuse("cluster.address", "host:port or auto", self.address, do)
+            refuse("cluster.address", "host:port or auto", self.address, do)
         return self
 
 
-class Every(_Section):
+class Every(Section):
     """How often: `{steps: N}`, `{seconds: N}` or `{epochs: N}`."""
 
     model_config = ConfigDict(json_schema_extra={"expected": "exactly one of {steps: N}, {seconds: N}, {epochs: N}"})
@@ -370,7 +367,7 @@ class Every(_Section):
     def _one(self) -> Self:
         given = {key: value for key, value in self if value is not None}
         if len(given) != 1:
-            _refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "")
+            refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "")
         return self
 
     @model_serializer(mode="wrap")
@@ -378,7 +375,7 @@ class Every(_Section):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 
-class Eval(_Section):
+class Eval(Section):
     """Evaluation on held-out data, by an actor of its own; the last version is always evaluated."""
 
     every: Every = Every(epochs=1)
@@ -391,7 +388,7 @@ class Eval(_Section):
     """GPUs that Ray sets aside for the evaluator."""
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """Where metrics go; metrics.jsonl in the run folder is always written and complete."""
 
     uri: Text = "sqlite:///mlflow.db"
@@ -404,7 +401,7 @@ class Tracking(_Section):
     """More trackers, as module:Class: a class with the methods start(info), log(event) and finish(end)."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. Made by `distgd.config.load`; equal configs, seeds and data give equal bits in sync mode."""
 
     run: Run = Run()
@@ -429,7 +426,7 @@ class Config(_Section):
         quorum, slots = self.consistency.quorum, self.batch.slots
         if quorum is not None and slots is not None and quorum > slots:
             do = "lower it, or cut the batch in more slots"
-            _refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, do)
+            refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, do)
         return self
 
     def to_yaml(self) -> str:
