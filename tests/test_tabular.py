@@ -166,6 +166,14 @@ def test_labels_that_are_numbers_are_in_their_order(tmp_path: Path) -> None:
     assert tabular({"path": path, "target": {**target, "kind": "number"}}).describe()["target"]["kind"] == "number"
 
 
+def test_what_labels_end_in_is_cut_off_in_both_files(tmp_path: Path) -> None:
+    train = written(tmp_path / "a.csv", "x,y", "1,no", "2,yes.", "3,yes")
+    later = written(tmp_path / "b.csv", "x,y", "1,yes.", "2,no..")
+    task = tabular({"path": train, "held_out": {"path": later}, "target": {"column": "y", "trim": "."}})
+    assert task.describe()["target"]["labels"] == ["no", "yes"]
+    assert (task.train_data()[1].tolist(), task.eval_data()[1].tolist()) == ([0, 1, 1], [1, 0])
+
+
 def test_a_value_that_training_has_not_seen_says_nothing(tmp_path: Path) -> None:
     train = written(tmp_path / "a.csv", "x,c,y", "1,a,no", "2,b,yes", "3,a,no")
     later = written(tmp_path / "b.csv", "y,c,x", "no,never,2", "no,?,2", "no,a,2")
