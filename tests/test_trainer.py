@@ -251,7 +251,10 @@ class Dumb:
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("Dumb", r"expected a class with the methods .*add log, finish"), ("Dump", r"found 'Dump'; did you mean Dumb\?")],
+    [
+        ("Dumb", r"expected a class with the methods .*add log, finish"),
+        ("Dump", r"expected a name in .*found 'Dump'; did you mean Dumb\?"),
+    ],
 )
 def test_a_tracker_that_cannot_be_one_is_refused(tmp_path: Path, path: str, message: str) -> None:
     with pytest.raises(BadInput, match=rf"tracking\.also: {message}"):
@@ -271,8 +274,7 @@ def test_an_active_mlflow_run_becomes_the_parent(tmp_path: Path) -> None:
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/theirs.db")
     try:
-        mlflow.set_experiment("theirs")
-        with mlflow.start_run() as parent:
+        with mlflow.start_run(experiment_id=mlflow.MlflowClient().create_experiment("theirs")) as parent:
             given = {
                 name: section for name, section in sections(tmp_path, task="counting").items() if name != "tracking"
             }
@@ -292,7 +294,7 @@ def test_a_run_in_another_store_is_no_child(tmp_path: Path, caplog: pytest.LogCa
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/theirs.db")
     try:
-        with mlflow.start_run():
+        with mlflow.start_run(experiment_id="0"):
             ours = {"uri": f"sqlite:///{tmp_path}/ours.db"}
             result = distgd.train(sections(tmp_path, task="counting", tracking=ours))
         assert "it is no parent" in caplog.text
