@@ -22,6 +22,8 @@ from distgd.tasks import Pieces
 from distgd.tasks import load as load_task
 
 MINE = """
+from pathlib import Path
+
 import torch
 from torch import nn
 
