@@ -29,7 +29,7 @@ import psutil
 
 from distgd import events as ev
 from distgd.config import Config
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed, users_error
 from distgd.resources import Resources, by_role, fit
 from distgd.transport import ZmqEndpoint
 from distgd.wire import Codec
@@ -130,8 +130,6 @@ class Process:
 
 
 def _told(error: Exception) -> str:
-    from distgd.replica import users_error
-
     return str(error) if isinstance(error, DistgdError) else users_error(error)
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from distgd import weights
 from distgd.config import Config
-from distgd.errors import BadInput, DistgdError
+from distgd.errors import BadInput, blaming
 from distgd.layout import state, trainable
 from distgd.optim import check_groups, resolve_optimizer, resolve_schedule
 from distgd.plan import ENDLESS, Plan, many
-from distgd.replica import Blueprint, Replica, users_error
+from distgd.replica import Blueprint, Replica
 from distgd.sources import Order, Source
 from distgd.stopping import Judge
-from distgd.tasks import Task
+from distgd.tasks import Task, checked
 from distgd.worker import TaskSource
 
 TRIAL = 8  # held-out samples that are tried before the start
@@ -57,13 +57,13 @@ def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan
 
 
 def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:
-    try:
-        replica = Replica(where.load(), config.run.seed)
+    task = where.load()
+    if where.given is not None:
+        checked("task", type(task).__name__, task)
+    with blaming("task.model", "a model that can be built"):
+        replica = Replica(task, config.run.seed)
+    with blaming("task.train_data", "data that can be opened"):
         return replica, replica.train_source()
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: it could not be built\n{users_error(error)}") from error
 
 
 def _slots(config: Config, size: int) -> int:
@@ -92,10 +92,11 @@ def _check_model(replica: Replica, config: Config) -> None:
     weights.check(state(replica.model))
     for name, view in replica.layout.views(replica.flat).items():
         if not bool(view.isfinite().all()):
-            raise BadInput.at("task.model", "finite initial weights", f"others in {name}", "look at its initialization")
+            do = "look at its initialization"
+            raise BadInput.described("task.model", "finite initial weights", f"NaN or infinity in {name}", do)
     cluster = config.cluster
     if cluster.backend == "inprocess" and cluster.compute_device == "cuda" and not torch.cuda.is_available():
-        raise BadInput.at("cluster.device", "a CUDA GPU on this machine", "none", "set cluster.device=cpu")
+        raise BadInput.described("cluster.device", "a CUDA GPU on this machine", "none", "set cluster.device=cpu")
 
 
 def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:
@@ -105,7 +106,7 @@ def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:
         for slot in range(order.slots):
             first, stop = order.places(step, slot)
             if stop - first == 1:
-                raise BadInput.at(
+                raise BadInput.described(
                     "batch.slots",
                     "two samples or more in every slot, as the model has BatchNorm",
                     f"one sample in slot {slot} of step {step}",
@@ -116,14 +117,12 @@ def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:
 def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | None:
     """Compute slot 0 of step 0 once: errors of the task show here, not on a cluster."""
     seen: list[Any] = []
+    with blaming("task.train_data", "samples that make a batch"):
+        replica.batch(source, order, 0, 0)
     hook = replica.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     try:
-        with _dense_only(replica):
+        with blaming("task.loss", "a loss of the first slot and its gradient"), _dense_only(replica):
             replica.gradient(source, order, 0, 0, replica.layout.zeros())
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: its first slot could not be computed\n{users_error(error)}") from error
     finally:
         hook.remove()
     takes_one = bool(seen) and len(seen[0]) == 1 and isinstance(seen[0][0], Tensor)
@@ -137,7 +136,7 @@ def _dense_only(replica: Replica) -> Iterator[None]:
     def check(name: str, grad: Tensor) -> None:
         if grad.layout != torch.strided:
             do = "use a layer without sparse=True"
-            raise BadInput.at(f"parameter {name}", "a dense gradient", f"a sparse one ({grad.layout})", do)
+            raise BadInput.described(f"task.model: {name}", "a dense gradient", f"a sparse one ({grad.layout})", do)
 
     hooks = [
         parameter.register_hook(lambda grad, name=name: check(name, grad))  # type: ignore[no-untyped-call]
@@ -157,15 +156,13 @@ def _try_evaluation(replica: Replica, config: Config) -> Blueprint | None:
         for key in ("stop.target", "stop.patience", "eval.best"):
             section, name = key.split(".")
             if getattr(getattr(config, section), name) is not None:
-                raise BadInput.at(key, "null, as the task has no eval_data", "a metric", "add eval_data, or remove it")
+                do = "add eval_data, or remove the key"
+                raise BadInput.described(key, "null, as the task has no eval_data", "a metric", do)
         return None
-    try:
+    with blaming("task.eval_data", "data that can be opened"):
         source = replica.eval_source()
+    with blaming("task", "held-out samples that can be evaluated"):
         found = replica.evaluate(source, TRIAL, samples=TRIAL)
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: it could not be evaluated\n{users_error(error)}") from error
     if not hasattr(replica.task, "evaluate"):  # what that one returns is known once it has seen the whole set
         judge.check({f"eval/{name}": value for name, value in found.items()})
     return replica.blueprint(source)

@@ -9,12 +9,9 @@ The model's parameters are views of one flat vector on the device.
 
 from __future__ import annotations
 
-import sysconfig
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +23,19 @@ from distgd.errors import BadInput, RunFailed
 from distgd.events import SlotStats
 from distgd.layout import BufferLayout, Layout, Slice, block_squares, parameters, squared_norm
 from distgd.optim import clip_scale
-from distgd.sources import Batch, Order, Source, data_seed, open_source, seed_everything, slot_seed, to_device
+from distgd.sources import (
+    Batch,
+    Glimpse,
+    Order,
+    Source,
+    data_seed,
+    difference,
+    glimpse,
+    open_source,
+    seed_everything,
+    slot_seed,
+    to_device,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -47,12 +56,13 @@ class SlotGradient:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """What every process must build as the driver did: parameters, buffers, and the data's length and schema."""
+    """What every process must build as the driver did: parameters, buffers, the data's length, schema and contents."""
 
     layout: Layout
     buffers: BufferLayout
     samples: int
     schema: dict[str, Any]
+    glimpse: Glimpse
 
     def check(self, found: Blueprint, data: str) -> None:
         """Compare what a process has built.
@@ -61,7 +71,8 @@ class Blueprint:
             data: which data it is, `train_data` or `eval_data`.
 
         Raises:
-            RunFailed: names, shapes, types or lengths differ from the driver's; the message shows the difference.
+            RunFailed: names, shapes, types, lengths or samples differ from the driver's; the message shows the
+                difference.
         """
         same = "build the same model from the same seed everywhere"
         for what, theirs, ours in (
@@ -72,11 +83,20 @@ class Blueprint:
             if theirs != ours:
                 only = f"driver only {_without(theirs, ours)}, here only {_without(ours, theirs)}"
                 raise RunFailed(f"task.model: expected the driver's {what}, found others: {only}; {same}")
-        if (self.samples, self.schema) != (found.samples, found.schema):
+        self._check_data(found, f"task.{data}")
+
+    def _check_data(self, found: Blueprint, key: str) -> None:
+        if self.samples != found.samples:
+            do = "give every process the same data"
             raise RunFailed(
-                f"task.{data}: expected the driver's {self.samples:,} samples of {self.schema}, found "
-                f"{found.samples:,} of {found.schema} here; every machine must read the same data"
+                f"{key}: expected the driver's {self.samples:,} samples, found {found.samples:,} here; {do}"
             )
+        if self.schema != found.schema:
+            do = "give every process the same data"
+            raise RunFailed(f"{key}: expected the driver's samples of {self.schema}, found {found.schema} here; {do}")
+        if differs := difference(self.glimpse, found.glimpse):
+            do = "where data is random or listed, give it a seed or sort it, so that every process has the same"
+            raise RunFailed(f"{key}: expected the driver's samples, found others: {differs}; {do}")
 
 
 def _shapes(layout: Layout) -> list[tuple[Any, ...]]:
@@ -143,11 +163,9 @@ class Replica:
         indices = order.indices(step, slot)
         if not len(indices):
             return SlotGradient.empty(slot)
-        samples, of_slot = len(indices), (self.seed, order.epoch_of(step), step, slot)
-        seed_everything(data_seed(*of_slot))
-        batch = to_device(source.batch(indices), self.device)
+        samples, batch = len(indices), self.batch(source, order, step, slot)
         self.buffer_layout.unpack(self.buffers, self.model)
-        seed_everything(slot_seed(*of_slot))
+        seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
         self.model.train()
         grad = out if self._grad is None else self._grad
         loss, weight = self._backward(batch, samples, grad)
@@ -165,13 +183,20 @@ class Replica:
         fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
         return SlotGradient(stats, bad=not (fits and isfinite(loss)), buffers=changed)
 
+    def batch(self, source: Source, order: Order, step: int, slot: int) -> Batch:
+        """A slot's samples, on the device."""
+        seed_everything(data_seed(self.seed, order.epoch_of(step), step, slot))
+        return to_device(source.batch(order.indices(step, slot)), self.device)
+
     def _backward(self, batch: Batch, samples: int, grad: Tensor) -> tuple[float, float]:
         grad.zero_()
         views, named = self.layout.views(grad), parameters(self.model)
         for name, view in views.items():
             named[name].grad = view
         loss, weight = self._loss(batch, samples)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if weight == 0.0:
+            return float(loss.detach()), weight
+        _differentiate(loss)
         for name, view in views.items():
             if named[name].grad is not view:
                 do = "leave .grad and zero_grad() to the run"
@@ -181,14 +206,7 @@ class Replica:
     def _loss(self, batch: Batch, samples: int) -> tuple[Tensor, float]:
         answer = self.task.loss(self.model, batch)
         loss, weight = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, samples)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise BadInput(f"task.loss: expected a scalar tensor, found {found}; return the mean over the samples")
-        if not 0.0 <= float(weight) < inf:
-            raise BadInput.at(
-                "task.loss", "a weight >= 0", float(weight), "return (mean, weight), such as tokens in it"
-            )
-        return loss.reshape(()), float(weight)
+        return _scalar(loss), _weight(weight)
 
     @torch.no_grad()
     def evaluate(self, source: Source, batch_size: int, samples: int | None = None) -> dict[str, float]:
@@ -204,7 +222,7 @@ class Replica:
             `loss`, and what the task's `metrics` and `evaluate` name.
 
         Raises:
-            BadInput: `evaluate` returned something else than numbers by name.
+            BadInput: `metrics` or `evaluate` returned something else than they should.
         """
         self.buffer_layout.unpack(self.buffers, self.model)
         self.model.eval()
@@ -213,7 +231,11 @@ class Replica:
         own = getattr(self.task, "evaluate", None)
         if own is None or samples is not None:
             return means
-        return means | _numbers(own(self.model, (batch for batch, _ in self._batches(source, batch_size, stop))))
+        found = _numbers(own(self.model, (batch for batch, _ in self._batches(source, batch_size, stop))))
+        if taken := sorted(found.keys() & means.keys()):
+            do = "choose other names"
+            raise BadInput.at("task.evaluate", "names that neither the loss nor metrics have", taken, do)
+        return means | found
 
     def _batches(self, source: Source, size: int, stop: int) -> Iterator[tuple[Batch, int]]:
         """Batches in order, each with its number of samples; the same chance in each pass."""
@@ -223,18 +245,28 @@ class Replica:
             yield to_device(source.batch(indices), self.device), len(indices)
 
     def _means(self, batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
-        metrics = getattr(self.task, "metrics", None)
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
         for batch, samples in batches:
             loss, weight = self._loss(batch, samples)
-            parts = {"loss": (float(loss) * weight, weight)}
-            for name, value in (metrics(self.model, batch) if metrics else {}).items():
-                parts[name] = _weighted(value, samples)
+            parts = {"loss": (float(loss) * weight, weight), **self._metrics(batch, samples)}
             for name, (value, weight) in parts.items():
                 sums[name] = sums.get(name, 0.0) + value
                 weights[name] = weights.get(name, 0.0) + weight
         return {name: value / weights[name] if weights[name] else nan for name, value in sums.items()}
+
+    def _metrics(self, batch: Batch, samples: int) -> dict[str, tuple[float, float]]:
+        """The sum of each of the task's metrics over a batch, and the samples in it."""
+        metrics = getattr(self.task, "metrics", None)
+        found: object = metrics(self.model, batch) if metrics else {}
+        do = 'return {"accuracy": (model(x).argmax(1) == y).float()} or its like'
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise BadInput.described("task.metrics", "a mapping from names to tensors", _kind(found), do)
+        if "loss" in found:
+            raise BadInput.at(
+                "task.metrics", "other names than loss, which is the loss's own", list(found), "rename it"
+            )
+        return {name: _weighted(name, value, samples) for name, value in found.items()}
 
     def plain_model(self) -> nn.Module:
         """The model with memory of its own for every parameter, on the CPU; this replica is of no use afterwards."""
@@ -245,47 +277,91 @@ class Replica:
 
     def train_source(self) -> Source:
         """The task's training data."""
-        return open_source(self.task.train_data(), getattr(self.task, "collate", None))
+        return open_source(self.task.train_data(), getattr(self.task, "collate", None), "task.train_data")
 
     def eval_source(self) -> Source:
         """The task's held-out data; the task has `eval_data`."""
-        return open_source(self.task.eval_data(), getattr(self.task, "collate", None))  # type: ignore[attr-defined]
+        held_out = self.task.eval_data()  # type: ignore[attr-defined]
+        return open_source(held_out, getattr(self.task, "collate", None), "task.eval_data")
 
     def blueprint(self, source: Source) -> Blueprint:
         """What was built here, to be compared with what others built."""
-        return Blueprint(self.layout, self.buffer_layout, len(source), source.schema())
+        seen = glimpse(source.batch, len(source), self.seed)
+        return Blueprint(self.layout, self.buffer_layout, len(source), source.schema(), seen)
 
     def has_batch_norm(self) -> bool:
         """Whether a slot of one sample cannot be trained on."""
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
 
 
-def _weighted(value: Tensor | float, samples: int) -> tuple[float, float]:
-    """A metric's sum and the samples in it, from a per-sample tensor or a mean."""
-    if isinstance(value, Tensor) and value.numel() > 1:
+def _scalar(loss: object) -> Tensor:
+    """A loss as a tensor without dimensions."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.reshape(())
+    raise BadInput.described("task.loss", "a scalar tensor", _kind(loss), "return the mean over the samples")
+
+
+def _weight(weight: object) -> float:
+    """A loss's weight as a number."""
+    number = _float(weight)
+    if number is None or not 0.0 <= number < inf:
+        do = "return (mean, weight), such as the tokens in it"
+        raise BadInput.described("task.loss", "a weight >= 0", _kind(weight) if number is None else f"{number}", do)
+    return number
+
+
+def _differentiate(loss: Tensor) -> None:
+    if not loss.requires_grad:
+        do = "compute it from the model's output, without detach(), item() or torch.no_grad()"
+        raise BadInput.described("task.loss", "a loss that depends on the parameters", "one without a gradient", do)
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        do = "leave backward() to the run"
+        raise BadInput.described("task.loss", "a loss to differentiate", "one that has been already", do) from error
+
+
+def _weighted(name: str, value: object, samples: int) -> tuple[float, float]:
+    """A metric's sum and the numbers in it, from a tensor with a row a sample or a mean."""
+    if isinstance(value, Tensor) and value.numel() > 1 and len(value) == samples:
         return float(value.double().sum()), float(value.numel())
-    return float(value) * samples, float(samples)
+    number = _float(value)
+    if number is None:
+        expected = f"a value for each of the {samples} samples, or their mean"
+        do = "return a tensor with a row a sample"
+        raise BadInput.described(f"task.metrics: {name}", expected, _kind(value), do)
+    return number * samples, float(samples)
+
+
+def _float(value: Any) -> float | None:
+    """A number or a tensor of one; None where it is something else."""
+    try:
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def _kind(value: object) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    if isinstance(value, str | int | float):
+        return f"the {type(value).__name__} {value!r}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _numbers(found: object) -> dict[str, float]:
     """What a task's `evaluate` returned, as floats."""
     if not isinstance(found, Mapping):
-        raise BadInput.at("task.evaluate", "a mapping from names to numbers", type(found).__name__)
-    try:
-        return {str(name): float(value) for name, value in found.items()}
-    except (TypeError, ValueError) as error:
-        raise BadInput.at("task.evaluate", "a number for every name", dict(found), str(error)) from error
-
-
-OURS = Path(__file__).parent
-INSTALLED = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
-
-
-def users_error(error: BaseException) -> str:
-    """The message of an error in the user's own code, with the frames of that code alone.
-
-    Where there is none of it, the frames of installed packages stand in.
-    """
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(OURS)]
-    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in INSTALLED)]
-    return "\n".join([f"{type(error).__name__}: {error}", *traceback.format_list(own or frames)]).rstrip()
+        raise BadInput.described(
+            "task.evaluate", "a mapping from names to numbers", _kind(found), 'return {"auc": ...}'
+        )
+    numbers = {str(name): _float(value) for name, value in found.items()}
+    for name, number in numbers.items():
+        if number is None:
+            raise BadInput.described(f"task.evaluate: {name}", "a number", _kind(found[name]), "return one a name")
+    return {name: number for name, number in numbers.items() if number is not None}

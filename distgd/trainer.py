@@ -30,13 +30,12 @@ from distgd import weights
 from distgd.cluster import Cluster, RayCluster
 from distgd.config import Config, load
 from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed, users_error
 from distgd.inprocess import InProcessCluster
 from distgd.layout import state
 from distgd.plan import Plan
 from distgd.prepare import prepare
 from distgd.records import Jsonl, Many, RunEnd, Tracker
-from distgd.replica import users_error
 from distgd.report import write_report
 from distgd.resources import by_role
 from distgd.result import Result, summarize

@@ -57,7 +57,7 @@ def check(state: Mapping[str, Any]) -> None:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         if found not in _DTYPES:
             do = "keep it out of the state_dict (register_buffer(..., persistent=False), no get_extra_state)"
-            raise BadInput.at(f"task.model: {name}", "a tensor of a plain dtype", str(found), do)
+            raise BadInput.described(f"task.model: {name}", "a tensor of a plain dtype", str(found), do)
 
 
 def copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -170,5 +170,5 @@ def test_sparse_gradients_are_refused_by_name() -> None:
 
 
 def test_complex_parameters_are_refused_by_name() -> None:
-    with pytest.raises(BadInput, match=r"parameter 0\.weight: expected float32 or float64, found .*complex64"):
+    with pytest.raises(BadInput, match=r"task\.model: 0\.weight: expected float32 or float64, found .*complex64"):
         trained(lambda: nn.Sequential(nn.Linear(6, 2, dtype=torch.complex64)))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distgd.errors import BadInput
+from distgd.errors import BadInput, users_error
 from distgd.layout import BufferLayout, block_squares, squared_norm
-from distgd.replica import Replica, users_error
+from distgd.replica import Replica
 from distgd.sources import Order, open_source
 
 ORDER = Order(samples=30, batch=12, slots=4, seed=5)
@@ -148,7 +148,8 @@ class TestGradient:
         assert found.bad
 
     @pytest.mark.parametrize(
-        ("answer", "found"), [(lambda loss: loss.expand(3), r"shape \(3,\)"), (lambda loss: 1.0, "float")]
+        ("answer", "found"),
+        [(lambda loss: loss.expand(3), r"a tensor of shape \(3,\)"), (lambda loss: 1.0, "the float")],
     )
     def test_anything_but_a_scalar_is_refused(self, answer: Any, found: str) -> None:
         with pytest.raises(BadInput, match=f"expected a scalar tensor, found {found}"):

@@ -344,7 +344,7 @@ def test_another_model_than_the_drivers_is_refused_by_name() -> None:
 
 def test_other_data_than_the_drivers_is_refused_by_number() -> None:
     spec = spec_of(plan())
-    with pytest.raises(RunFailed, match=r"train_data: expected the driver's 300 samples .* found 256"):
+    with pytest.raises(RunFailed, match=r"train_data: expected the driver's 300 samples, found 256"):
         replace(spec, blueprint=replace(spec.blueprint, samples=300)).build(lambda: 0.0)
 
 

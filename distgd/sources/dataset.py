@@ -26,11 +26,13 @@ class DatasetSource:
         BadInput: the dataset has no samples, or one that cannot be put into a batch.
     """
 
-    def __init__(self, dataset: Any, collate: Collate | None = None) -> None:
+    def __init__(self, dataset: Any, collate: Collate | None = None, key: str = "data") -> None:
         self._dataset = dataset
         self._collate = collate or default_collate
+        self._key = key
         if not len(dataset):
-            raise BadInput.at("data", "at least one sample", f"an empty {type(dataset).__name__}")
+            do = "look at what it reads"
+            raise BadInput.described(key, "at least one sample", f"an empty {type(dataset).__name__}", do)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -53,5 +55,5 @@ class DatasetSource:
         }
         if not described:
             do = "let the dataset give tensors, arrays or numbers, or set task.collate"
-            raise BadInput.at("data", "tensors in a batch", type(batch).__name__, do)
+            raise BadInput.described(self._key, "tensors in a batch", f"a {type(batch).__name__} without any", do)
         return described

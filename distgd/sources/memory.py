@@ -33,15 +33,15 @@ class TensorSource:
     tensor([2, 0])
     """
 
-    def __init__(self, data: object) -> None:
+    def __init__(self, data: object, key: str = "data") -> None:
         self._kind = dict if isinstance(data, Mapping) else type(data)
-        self._columns = {name: _column(name, value) for name, value in _named(data).items()}
+        self._columns = {name: _column(key, name, value) for name, value in _named(key, data).items()}
         lengths = {str(name): len(column) for name, column in self._columns.items()}
         if len(set(lengths.values())) != 1:
-            raise BadInput.at("data", "tensors with one first dimension", lengths, "give every sample a row in each")
+            raise BadInput.at(key, "tensors with one first dimension", lengths, "give every sample a row in each")
         self._length = next(iter(lengths.values()))
         if not self._length:
-            raise BadInput.at("data", "at least one sample", lengths)
+            raise BadInput.at(key, "at least one sample", lengths, "look at what it reads")
 
     def __len__(self) -> int:
         return self._length
@@ -69,17 +69,17 @@ def is_rows(data: object) -> bool:
     return isinstance(data, (Tensor, np.ndarray, Mapping, tuple))
 
 
-def _named(data: object) -> dict[Any, object]:
+def _named(key: str, data: object) -> dict[Any, object]:
     if isinstance(data, (Tensor, np.ndarray)):
         return {"data": data}
     if isinstance(data, Mapping) and data:
         return dict(data)
     if isinstance(data, tuple) and data:
         return dict(enumerate(data))
-    raise BadInput.at("data", "a tensor, or a tuple or dict of tensors (numpy arrays too)", data)
+    raise BadInput.at(key, "a tensor, or a tuple or dict of tensors (numpy arrays too)", data, "put a tensor in it")
 
 
-def _column(name: object, value: object) -> Tensor | Mapped:
+def _column(key: str, name: object, value: object) -> Tensor | Mapped:
     if isinstance(value, np.memmap) and value.ndim and value.dtype.kind in "biufc":
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
@@ -90,7 +90,10 @@ def _column(name: object, value: object) -> Tensor | Mapped:
         return value.detach().cpu()
     expected = "a tensor or an array of numbers whose first dimension is the samples"
     found = " ".join(str(part) for part in (type(value).__name__, getattr(value, "dtype", "")) if part)
-    raise BadInput(f"data {name}: expected {expected}, found {found} {list(getattr(value, 'shape', []))}")
+    shape = getattr(value, "shape", None)
+    where = key if name == "data" else f"{key}[{name!r}]"
+    do = "return numbers with one row a sample; a Dataset may give what else there is"
+    raise BadInput.described(where, expected, found if shape is None else f"{found} of shape {tuple(shape)}", do)
 
 
 def _rows(column: Tensor | Mapped, rows: Tensor) -> Tensor:

@@ -27,12 +27,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from distgd.config import Data, TaskSection
+from distgd.config import PIECES, Data, TaskSection
 from distgd.errors import BadInput
+from distgd.layout import check_memory
 from distgd.tasks.imports import Parameters, called, imported, nearest, see_current_folder, signature
-from distgd.tasks.pieces import Pieces, named
+from distgd.tasks.pieces import Pieces, named, refuse_unread
 
-__all__ = ["BUILT_IN", "Pieces", "Task", "build", "load", "tracker"]
+__all__ = ["BUILT_IN", "Pieces", "Task", "build", "checked", "load", "tracker"]
 
 BUILT_IN = {
     "char-lm": "distgd.tasks.charlm:CharLM",
@@ -74,10 +75,25 @@ def load(section: TaskSection, data: Data) -> Task:
     if section.pieces:
         return cast(Task, named(section, data))
     made = _made(section.path or _built_in(section.name or ""), dict(section.args), data)
-    missing = [name for name in ("model", "loss", "train_data") if not callable(getattr(made, name, None))]
+    return checked("task.path", section.path, made)
+
+
+def checked(key: str, found: object, made: object) -> Task:
+    """`made` as a task.
+
+    Raises:
+        BadInput: a method is missing, or something that is no method has the name of one; the message is about `key`
+            and shows `found`.
+    """
+    methods = {name: getattr(made, name, None) for name in PIECES}
+    missing = [name for name in PIECES[:3] if methods[name] is None]
     if missing:
         expected = "a class with the methods model(), loss(model, batch), train_data()"
-        raise BadInput.at("task.path", expected, section.path, f"add {', '.join(missing)}")
+        raise BadInput.at(key, expected, found, f"add {', '.join(missing)}")
+    for name, method in methods.items():
+        if method is not None and not callable(method):
+            do = "return it from a method of that name"
+            raise BadInput.described(f"task.{name}", "a method", f"an attribute of type {type(method).__name__}", do)
     return cast(Task, made)
 
 
@@ -90,7 +106,7 @@ def tracker(path: str) -> Any:
     see_current_folder()
     make = imported("tracking.also", path)
     if not callable(make):
-        raise BadInput.at("tracking.also", "a class", make)
+        raise BadInput.at("tracking.also", "a class", make, "name the class itself")
     made = called("tracking.also", make, {}, signature("tracking.also", path, make))
     missing = [name for name in ("start", "log", "finish") if not callable(getattr(made, name, None))]
     if missing:
@@ -103,15 +119,19 @@ def build(task: Task, seed: int) -> nn.Module:
     """The task's model, its initial weights decided by `seed` alone. Leaves torch's generator changed.
 
     Raises:
-        BadInput: not an `nn.Module`, or no parameter in it takes a gradient.
+        BadInput: not an `nn.Module`, no parameter in it takes a gradient, or one that cannot be trained here.
     """
     torch.manual_seed(seed)
     model: object = task.model()
     if not isinstance(model, nn.Module):
-        raise BadInput(f"task.model: expected a torch.nn.Module, found {type(model).__name__}; return the model itself")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise BadInput("task.model: expected at least one trainable parameter, found none; set requires_grad=True")
-    return copy.deepcopy(model)  # a task may return one module each time, and every process needs its own
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise BadInput.described("task.model", "a torch.nn.Module", found, "return a module that is made: Net()")
+    check_memory(model)
+    try:  # a task may return one module each time, and every process needs its own
+        return copy.deepcopy(model)
+    except Exception as error:
+        do = "keep locks, files and connections out of it"
+        raise BadInput.described("task.model", "a model that can be copied", f"the error: {error}", do) from error
 
 
 def _built_in(name: str) -> str:
@@ -124,7 +144,7 @@ def _made(path: str, args: dict[str, Any], data: Data) -> object:
     """Import what `path` names and call it with arguments that its signature takes."""
     make = imported("task.path", path)
     if not callable(make):
-        raise BadInput.at("task.path", "a class", make)
+        raise BadInput.at("task.path", "a class", make, "name the class itself")
     parameters = signature("task.path", path, make)
     taken = _of_data(data, parameters)
     for name in args.keys() & taken.keys():
@@ -140,8 +160,5 @@ def _of_data(data: Data, parameters: Parameters) -> dict[str, Any]:
     if data.path is not None and "data_path" not in parameters:
         do = "remove it, or give the task's constructor a parameter data_path"
         raise BadInput.at("data.path", "null, as this task reads no file", data.path, do)
-    for key, value in data:
-        if key != "path" and value != getattr(Data(), key):
-            found = value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
-            raise BadInput.at(f"data.{key}", "nothing, as this task does not read it", found, "remove it")
+    refuse_unread(data)
     return {} if data.path is None else {"data_path": data.path}

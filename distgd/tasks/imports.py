@@ -5,20 +5,18 @@ Whatever goes wrong is one message about the key, with the frames of the user's 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import inspect
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pydantic import ValidationError
 
-from distgd.errors import BadInput
+from distgd.errors import BadInput, blaming
 
 Parameters = Mapping[str, inspect.Parameter]
 
@@ -36,12 +34,28 @@ def imported(key: str, path: str) -> object:
         BadInput: the module does not import, or has no such name.
     """
     module_name, _, name = path.partition(":")
-    with blaming(key, "a module that imports, in the current folder or installed", path):
-        module = importlib.import_module(module_name)
+    if module_name.endswith(".py") or "/" in module_name:
+        plain = module_name.removesuffix(".py").removeprefix("./").replace("/", ".")
+        raise BadInput.at(key, "module:name, no file", path, f"did you mean {plain}:{name}?")
+    with blaming(key, f"a module that imports at {path}"):
+        module = _module(key, module_name)
     if not hasattr(module, name):
         names = [known for known in vars(module) if not known.startswith("_")]
-        raise BadInput.at(key, f"a name in {module}", name, nearest(name, names))
+        where = getattr(module, "__file__", None) or f"the module {module_name}"
+        do = nearest(name, names) or f"it has {_some(names)}"
+        raise BadInput.at(key, f"a name in {where}", name, do)
     return getattr(module, name)
+
+
+def _module(key: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # it is there, and needs another one
+        expected = f"a module in {Path.cwd()} or installed"
+        do = nearest(name, [file.stem for file in Path.cwd().glob("*.py")])
+        raise BadInput.at(key, expected, name, do or "start from the folder that it is in, or install it") from error
 
 
 def signature(key: str, path: str, make: Callable[..., object]) -> Parameters:
@@ -50,7 +64,7 @@ def signature(key: str, path: str, make: Callable[..., object]) -> Parameters:
     Raises:
         BadInput: Python does not know them.
     """
-    with blaming(key, "module:Class", path):
+    with blaming(key, f"a class or a function with a signature at {path}"):
         return inspect.signature(make).parameters
 
 
@@ -61,7 +75,7 @@ def called(key: str, make: Callable[..., object], args: dict[str, Any], paramete
         BadInput: an argument that it does not take, one that is missing, a value of the wrong kind, or its own error.
     """
     _check_names(key, args, parameters)
-    with blaming(key, "arguments that it takes", args):
+    with blaming(key, f"arguments that {getattr(make, '__qualname__', make)} can be made of"):
         try:
             return make(**args)
         except ValidationError as error:
@@ -72,15 +86,17 @@ def _check_names(key: str, args: Mapping[str, Any], parameters: Parameters) -> N
     kinds = {parameter.kind for parameter in parameters.values()}
     for name in args if inspect.Parameter.VAR_KEYWORD not in kinds else ():
         if name not in parameters:
-            expected = f"an argument of the task ({', '.join(parameters)})"
-            raise BadInput.at(f"{key}.{name}", expected, args[name], nearest(name, parameters))
+            expected = (
+                f"one of its arguments {', '.join(parameters)}" if parameters else "no argument, as it takes none"
+            )
+            raise BadInput.at(f"{key}.{name}", expected, args[name], nearest(name, parameters) or "remove it")
     for name, parameter in parameters.items():
         needed = parameter.default is parameter.empty and parameter.kind in (
             parameter.POSITIONAL_OR_KEYWORD,
             parameter.KEYWORD_ONLY,
         )
         if needed and name not in args:
-            raise BadInput.at(key, f"a value for {name}", dict(args), f"set {key}.{name}")
+            raise BadInput.at(key, f"a value for {name}, which has no default", dict(args), f"set {key}.{name}")
 
 
 def _wrong_value(key: str, error: ValidationError, args: Mapping[str, Any]) -> Exception:
@@ -89,25 +105,12 @@ def _wrong_value(key: str, error: ValidationError, args: Mapping[str, Any]) -> E
     name = str(first["loc"][0]) if first["loc"] else ""
     if name not in args:
         return error
-    return BadInput(f"{key}.{name}: {first['msg'][0].lower()}{first['msg'][1:]}, found {args[name]!r}")
+    expected = first["msg"].removeprefix("Input should be ").partition(", unable")[0]
+    return BadInput.at(f"{key}.{name}", expected, args[name], "set it to one, or leave it out")
 
 
-@contextmanager
-def blaming(key: str, expected: str, found: object) -> Iterator[None]:
-    """Turn an error in somebody else's code into a message about `key`, with that code's own frames."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:
-        ours = (__file__, contextlib.__file__, importlib.__file__, inspect.__file__)
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename not in ours and not frame.filename.startswith("<frozen")
-        ]
-        lines = [*traceback.format_list(frames), *traceback.format_exception_only(error)]
-        raise BadInput(f"{BadInput.at(key, expected, found)}\n{''.join(lines).rstrip()}") from error
+def _some(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "") or "none"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -86,10 +86,20 @@ def _bound(name: str, path: str, piece: object, args: dict[str, Any], data: Data
 
 
 def _check_read(section: TaskSection, data: Data, made: Mapping[str, Any]) -> None:
-    read = any(isinstance(piece, _Bound) and {"data", "data_path"} & set(piece.args) for piece in made.values())
-    if data.path is not None and not read:
+    read = {name for piece in made.values() if isinstance(piece, _Bound) for name in piece.args}
+    if data.path is not None and not read & {"data", "data_path"}:
         do = "remove it, or give the function a parameter data_path"
         raise BadInput.at("data.path", f"null, as {section.train_data} takes no data_path", data.path, do)
+    if "data" not in read:
+        refuse_unread(data)
+
+
+def refuse_unread(data: Data) -> None:
+    """Refuse what the section says beside `path`, for a task that does not take the section."""
+    for key, value in data:
+        if key != "path" and value != getattr(Data(), key):
+            found = value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
+            raise BadInput.at(f"data.{key}", "nothing, as this task does not read it", found, "remove it")
 
 
 class _Held:
