@@ -138,7 +138,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["batch.size=0"], ["batch.size: expected an integer >= 1 or full, found 0"]),
     (["batch.size=half"], ["batch.size: expected an integer >= 1 or full, found 'half'"]),
     (["batch.size=1.5"], ["batch.size", "found 1.5"]),
-    (["batch.size=true"], ["batch.size", "found True"]),
+    (["batch.size=true"], ["batch.size", "found true"]),
     (["batch.size='4'"], ["batch.size", "found '4'"]),
     (["batch.slots=33"], ["batch.slots", "at most batch.size=32", "found 33"]),
     (["batch.slot=4"], ["batch.slot:", "size, slots", "4", "did you mean batch.slots?"]),
@@ -160,7 +160,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["consistency.staleness=3"], ["consistency.staleness: expected null with consistency.mode=sync, found 3"]),
     (["consistency.mode=async", "consistency.quorum=1"], ["consistency.quorum", "consistency.mode=async", "found 1"]),
     (["consistency.quorum=5", "batch.slots=4"], ["consistency.quorum", "at most batch.slots=4", "found 5"]),
-    (["consistency.scale_lr=true"], ["consistency.scale_lr", "found True"]),
+    (["consistency.scale_lr=true"], ["consistency.scale_lr", "found true"]),
     (["consistency.scale_lr=1"], ["consistency.scale_lr: expected true or false, found 1"]),
     (["cluster.address=ray://h:1"], ["cluster.address: expected host:port or auto, found 'ray://h:1'"]),
     (["cluster.address=auto", "cluster.backend=inprocess"], ["cluster.address", "cluster.backend=inprocess"]),
@@ -174,7 +174,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["run.name=7"], ["run.name", "found 7", "put it in quotes"]),
     (["run.seed=-1"], ["run.seed: expected an integer >= 0 and < 2**63, found -1"]),
     (["run.seed=9223372036854775808"], ["run.seed", "< 2**63", "found 9223372036854775808"]),
-    (["run=null"], ["run: expected a mapping with the keys name, storage, seed, found None"]),
+    (["run=null"], ["run: expected a mapping with the keys name, storage, seed, found null"]),
     (["task.path=m:C"], ["task: expected exactly one of name, path", "'m:C'"]),
     (["task={path: module.Class}"], ["task.path", "module:name", "found 'module.Class'"]),
     (["stop.epochs=null"], ["stop: expected at least one of epochs, steps"]),
@@ -233,10 +233,10 @@ def test_only_what_yaml_can_hold_is_taken() -> None:
         ("", ["expected sections", "an empty file"]),
         ("# nothing\n", ["an empty file"]),
         ("- 1\n", ["expected sections", "[1]"]),
-        ("task: digits\nstop: {epochs: 1}\ntask: quadratic\n", ["line 3", "'task' is given twice"]),
-        ("task: digits\nstop:\n  epochs: 1\n  epochs: 2\n", ["line 4", "'epochs' is given twice"]),
-        ("task: !!python/object/apply:os.getcwd []\n", ["line 1", "tags are not allowed"]),
-        ("task: !!str digits\n", ["tags are not allowed"]),
+        ("task: digits\nstop: {epochs: 1}\ntask: quadratic\n", ["line 3", "'task' twice"]),
+        ("task: digits\nstop:\n  epochs: 1\n  epochs: 2\n", ["line 4", "'epochs' twice"]),
+        ("task: !!python/object/apply:os.getcwd []\n", ["line 1", "the tag tag:yaml.org,2002:python"]),
+        ("task: !!str digits\n", ["the tag"]),
         ("task: digits\n  stop: 1\n", ["line 2", "expected plain YAML"]),
         ("task: a\n---\ntask: b\n", ["line 2", "expected plain YAML"]),
         ("task: &a {args: {b: *a}}\n", ["levels of nesting"]),
@@ -255,7 +255,7 @@ def test_bad_files(tmp_path: Path, text: str, fragments: list[str]) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"task: \xe9")
-    for name, fragment in [("none.yaml", "found none there"), ("", "directory"), ("latin.yaml", "UTF-8")]:
+    for name, fragment in [("none.yaml", "found nothing there"), ("", "found a folder"), ("latin.yaml", "UTF-8")]:
         with pytest.raises(BadInput, match=fragment):
             load(tmp_path / name)
 
