@@ -24,10 +24,12 @@ import click
 from distgd.errors import BadInput, DistgdError
 
 if TYPE_CHECKING:
+    from distgd.compare import Compared
     from distgd.config import Config
     from distgd.progress import Progress
 
 Payload = Mapping[str, Any]
+WIDEST = 400  # letters of a table's line, which is not cut where the window is narrower
 STARTED = time.time()  # a process may be older: a set-up that ends in `exec` is no part of the run
 
 as_json = click.option(
@@ -57,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _outcome(arguments: list[str]) -> tuple[int, Payload]:
     """The exit code and what `--json` prints; errors have been told to the person."""
     try:
-        payload = commands.main(arguments, prog_name="distgd", standalone_mode=False)
-        return 0, payload if isinstance(payload, Mapping) else {}
+        returned = commands.main(arguments, prog_name="distgd", standalone_mode=False)
+        payload = returned if isinstance(returned, Mapping) else {}
+        return DistgdError.exit_code if payload.get("status") == DistgdError.status else 0, payload
     except DistgdError as error:
         result = error.result.as_dict() if error.result is not None else {}
         _show_result(result)
@@ -170,6 +173,65 @@ def report(run: str) -> Payload:
     page = write_report(_run_folder(run)).absolute()
     click.echo(page)
     return {"report": str(page)}
+
+
+@commands.command()
+@click.argument("config")
+@overrides_argument
+@click.option("--modes", metavar="MODE,...", help="Modes to compare: sync,bounded,async.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE,...", help="Values of a key to compare; may be repeated."
+)
+@click.option("--target", metavar="METRIC>=VALUE", help="What the runs are to reach, such as eval/accuracy>=0.95.")
+@as_json
+def compare(
+    config: str, overrides: tuple[str, ...], modes: str | None, settings: tuple[str, ...], target: str | None
+) -> Payload:
+    """Run CONFIG in several variants and compare them.
+
+    All have the same seed and data, unless one of these is what is compared. They run one after the other:
+
+    \b
+        distgd compare configs/quickstart.yaml --modes sync,async --set optimizer.lr=0.003,0.001
+
+    A mode leaves out what the config says for another one, such as consistency.staleness.
+    """  # noqa: D301 - click reads the control character
+    from distgd.compare import Variant, plan_comparison, run_comparison
+
+    comparison = plan_comparison(
+        config, overrides, os.environ, modes=modes, settings=settings, target=target, name=Path(config).stem
+    )
+    number = iter(range(1, len(comparison.configs) + 1))
+
+    def begin(variant: Variant) -> closing[_Line]:
+        click.echo(f"\n{next(number)} of {len(comparison.configs)}: {variant.label}")
+        return closing(_Line())
+
+    compared = run_comparison(comparison, begin)
+    _show_comparison(compared)
+    return compared.as_dict()
+
+
+def _show_comparison(compared: Compared) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = Table(box=None, pad_edge=False)
+    for at, name in enumerate(compared.table.columns):
+        rows.add_column(name, justify="right" if at in compared.table.numbers else "left", no_wrap=True)
+    for row in compared.table.rows:
+        rows.add_row(*map(escape, row))
+    click.echo()
+    Console(file=sys.stdout, width=WIDEST, highlight=False).print(rows)
+    for each in compared.outcomes:
+        if each.error is not None:
+            click.echo(f"{each.variant.label}: {each.error}", err=True)
+    if compared.table.note:
+        click.echo(compared.table.note)
+    click.echo(f"page    {compared.page}")
+    if compared.mlflow_run_id:
+        click.echo(f"curves  distgd ui {compared.outcomes[0].result.get('run_dir', '')}")
 
 
 @commands.group()

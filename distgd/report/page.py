@@ -60,6 +60,11 @@ class Page:
     footer: str
     width: int = PIXELS
 
+    @property
+    def narrowest(self) -> int:
+        """How far a figure may shrink with the window."""
+        return self.width * 7 // 10
+
 
 def write(page: Page, out: Path) -> Path:
     """Write the page."""
