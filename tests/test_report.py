@@ -157,6 +157,7 @@ def test_what_happened_is_a_table(tmp_path: Path) -> None:
     assert said["fault"] == "120 1.20 worker 1 is gone: killed"
     assert said["warning"] == "0 0.00 3 workers are idle"
     assert said["end"].endswith("completed")
+    assert "error" not in said
     assert said["skipped"].strip().startswith("3 evaluations")
     assert said["not finite"].startswith("151") and "train/loss" in said["not finite"]
 
@@ -203,6 +204,22 @@ def test_a_line_that_a_kill_has_torn_takes_nothing_else_with_it(tmp_path: Path) 
 def test_a_short_run_has_a_report(tmp_path: Path, events: list[dict[str, Any]]) -> None:
     page(tmp_path, events)
     assert picture(tmp_path, "convergence.png").width >= 1000
+
+
+def test_the_error_that_ended_a_run_stands_with_its_result(tmp_path: Path) -> None:
+    end = event("end", 3, status="diverged", message="step 3, slot 1: no", result={"wall_s": 1.0})
+    said = rows(page(tmp_path, [*run(3), end]))
+    assert (said["status"], said["error"]) == ("diverged", "step 3, slot 1: no")
+    assert said["end"].endswith("diverged; step 3, slot 1: no")
+
+
+def test_virtual_time_is_called_virtual(tmp_path: Path) -> None:
+    config = CONFIG.replace("backend: ray", "backend: inprocess")
+    said = rows(
+        page(tmp_path, [*run(3), event("end", 3, status="completed", result={"step_ms": {"p50": 2.5}})], config=config)
+    )
+    assert said["step time"] == "p50 2.5 virtual ms" and said["training time"] == "0.0 virtual s"
+    assert said["time/step"].split() == ["5", "virtual", "ms"]
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])

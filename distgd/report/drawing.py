@@ -57,8 +57,8 @@ def save(draw: Callable[[], Figure | None], out: Path) -> bool:
     return figure is not None
 
 
-def stack(title: str, heights: Sequence[float]) -> tuple[Figure, Sequence[Axes]]:
-    """Panels over one another that share the axis of steps."""
+def stack(title: str, heights: Sequence[float], last: int) -> tuple[Figure, Sequence[Axes]]:
+    """Panels over one another that share the axis of steps, from 0 to the last one."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -66,6 +66,7 @@ def stack(title: str, heights: Sequence[float]) -> tuple[Figure, Sequence[Axes]]
     panels = list(figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0])
     entitle(figure, title)
     panels[-1].set_xlabel("step")
+    panels[-1].set_xlim(0, 1.03 * max(last, 1))
     panels[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return figure, panels
 

@@ -59,7 +59,7 @@ class Picture:
 def convergence(run: Reading) -> Figure:
     """Loss in training and evaluation, and a panel for each other metric of an evaluation."""
     held_out = [name for name in run.curves if name.startswith("eval/") and name != "eval/loss"][:MOST_PANELS]
-    figure, panels = stack(run.title, [1.5, *(1.0 for _ in held_out)])
+    figure, panels = stack(run.title, [1.5, *(1.0 for _ in held_out)], run.last.step)
     train, held = run.curve("train/loss"), run.curve("eval/loss")
     draw_each(panels[0], train, BLUE, "train")
     draw_marked(panels[0], held, Look(ORANGE, "o", "-"), "eval")
@@ -87,7 +87,7 @@ def learning_rate(run: Reading) -> Figure | None:
     names = [name for name in run.curves if name == "lr" or name.startswith("lr/")][:MOST_CURVES]
     if not names:
         return None
-    figure, (panel,) = stack(run.title, [1.0])
+    figure, (panel,) = stack(run.title, [1.0], run.last.step)
     for at, name in enumerate(names):
         draw_marked(panel, run.curves[name], look(at)._replace(marker="." if run.last.step < 2 else ""), plain(name))
     falls_by_factors = run.key("schedule.name") in ("exponential", "step")
@@ -110,7 +110,7 @@ def time_split(run: Reading) -> Figure | None:
 def _bars(run: Reading, workers: Sequence[str]) -> Figure:
     """A bar a worker, cut in phases."""
     spent = [split(run, worker) for worker in workers]
-    figure, panel = rows(run.title, len(workers), _milliseconds(run))
+    figure, panel = rows(run.title, len(workers), f"time ({run.milliseconds} per step)")
     left = [0.0] * len(workers)
     for phase, (color, hatch) in PHASES.items():
         names, widths = [worker.replace("_", " ") for worker in workers], [each[phase] for each in spent]
@@ -134,7 +134,7 @@ def _ranges(run: Reading, workers: Sequence[str]) -> Figure:
     Without `workers` the run has logged these three itself, step by step.
     """
     spent = [split(run, part) for part in workers or ("min", "median", "max")]
-    figure, panel = rows(run.title, len(PHASES), _milliseconds(run))
+    figure, panel = rows(run.title, len(PHASES), f"time ({run.milliseconds} per step)")
     for row, (phase, (color, _)) in enumerate(PHASES.items()):
         times = [each[phase] for each in spent]
         names = ("least and most of a worker", "median") if row == 0 else (None, None)
@@ -148,17 +148,13 @@ def _ranges(run: Reading, workers: Sequence[str]) -> Figure:
     return figure
 
 
-def _milliseconds(run: Reading) -> str:
-    return f"time ({'virtual ' if run.clock != 's' else ''}ms per step)"
-
-
 def staleness(run: Reading) -> Figure | None:
     """Staleness of what was applied, and slots that a quorum left out; None where every gradient was fresh and used."""
     mean, largest, dropped = map(run.curve, ("staleness/mean", "staleness/max", "quorum/dropped_slots"))
     stale = any(largest.highs) or (len(mean) > 0 and run.key("consistency.mode") in ("bounded", "async"))
     if not stale and not len(dropped):
         return None
-    figure, panels = stack(run.title, [1.0] * (stale + (len(dropped) > 0)))
+    figure, panels = stack(run.title, [1.0] * (stale + (len(dropped) > 0)), run.last.step)
     if stale:
         panels[0].plot(largest.steps, largest.highs, ":", color=ORANGE, linewidth=0.9, label="largest of a step")
         draw_each(panels[0], mean, BLUE, "mean of a step")
@@ -175,12 +171,12 @@ def throughput(run: Reading) -> Figure | None:
     rate, between = run.curve("throughput/samples_per_s"), run.curve("time/step")
     if not len(rate) and not len(between):
         return None
-    figure, panels = stack(run.title, [1.0, 1.0])
+    figure, panels = stack(run.title, [1.0, 1.0], run.last.step)
     draw_each(panels[0], rate, GREEN)
     frame(panels[0], f"samples / {run.clock}")
     draw_each(panels[1], between, BLUE)
     times = [*between.lows, *between.highs]
-    frame(panels[1], _milliseconds(run), times if ranges_widely(times) else ())
+    frame(panels[1], f"time ({run.milliseconds} per step)", times if ranges_widely(times) else ())
     return figure
 
 

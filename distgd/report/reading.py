@@ -48,7 +48,7 @@ class Reading:
         parts: milliseconds in all of a phase (`compute`) in one part (`worker_0`; or `min`, `median`, `max`).
         timed: steps that these milliseconds are of.
         metrics: the newest value of each metric.
-        result: the last event's result; empty while there is none.
+        status, message, result: how it ended, what the error was, and what it came to; None and empty without an end.
         left_out: notices that were too many to keep.
     """
 
@@ -63,6 +63,7 @@ class Reading:
     left_out: int = 0
     last: Place = START
     status: str | None = None
+    message: str = ""
     result: Mapping[str, Any] = field(default_factory=dict)
 
     def key(self, dotted: str, default: Any = None) -> Any:
@@ -94,6 +95,11 @@ class Reading:
         """The unit of the run's time: in-process clusters live in virtual time."""
         return "virtual s" if self.key("cluster.backend") == "inprocess" else "s"
 
+    @property
+    def milliseconds(self) -> str:
+        """A thousandth of the clock's unit."""
+        return "ms" if self.clock == "s" else "virtual ms"
+
     def take(self, event: Mapping[str, Any]) -> None:
         """Take the next event."""
         place = Place(int(event.get("step", 0)), int(event.get("samples", 0)), float(event.get("seconds", 0.0)))
@@ -102,7 +108,7 @@ class Reading:
         self.metrics |= metrics
         kind = str(event["event"])
         if kind == "end":
-            self.status = str(event.get("status", "?"))
+            self.status, self.message = str(event.get("status", "?")), str(event.get("message") or "")
             self.result = dict(_items(event, "result"))
         else:
             self._plot(place, metrics)

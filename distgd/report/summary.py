@@ -41,9 +41,12 @@ def _lead(run: Reading) -> str:
 
 def _result(run: Reading) -> Table:
     """How it ended and what it came to."""
-    rows = [("status", run.status or f"{NO_END}: it is still running, or it was killed"), *_counts(run)]
-    rows += [(label, text) for key, label, form in _RESULT if (text := _text(run.result.get(key), form)) is not None]
-    rows += [(label, text) for key, label, unit in _SPREADS if (text := _spread(run.result.get(key), unit))]
+    rows = [("status", run.status or f"{NO_END}: it is still running, or it was killed")]
+    rows += [("error", run.message)] if run.message else []
+    rows += _counts(run)
+    for key, label, form in _RESULT:
+        text = _text(run.result.get(key), form, run)
+        rows += [(label, text)] if text else []
     rows += _best(run.result.get("best"))
     return Table("Result", rows)
 
@@ -65,7 +68,9 @@ _RESULT = (  # key of the result, what it is called, how it is written
     ("ended_by", "ended by", "{}"),
     ("wall_s", "wall time", "{:,.1f} s, start-up and end included"),
     ("start_s", "start to first commit", "{:,.1f} s"),
-    ("samples_per_s", "throughput", "{:,.0f} samples/s"),
+    ("samples_per_s", "throughput", "{:,.0f} samples / {clock}"),
+    ("step_ms", "step time", "{} {milliseconds}"),
+    ("staleness", "staleness", "{} updates"),
     ("versions", "updates", "{:,}"),
     ("dropped_samples", "dropped samples", "{:,}"),
     ("late_slots", "late slots", "{:,}"),
@@ -74,40 +79,33 @@ _RESULT = (  # key of the result, what it is called, how it is written
     ("weights_sha256", "weights_sha256", "{}"),
     ("mlflow_run_id", "MLflow run", "{}"),
 )
-_SPREADS = (("step_ms", "step time", "ms"), ("staleness", "staleness", "updates"))
 
 
-def _text(value: object, form: str) -> str | None:
+def _text(value: object, form: str, run: Reading) -> str | None:
     """A value of the result in words; None where it is not known, or nothing to tell."""
+    if isinstance(value, Mapping):  # quantiles
+        known = (f"{name} {each:,.4g}" for name, each in value.items() if isinstance(each, int | float))
+        value = ", ".join(known)
     if value is None or value in (0, ""):
         return None
     try:
-        return form.format(value)
+        return form.format(value, clock=run.clock, milliseconds=run.milliseconds)
     except (TypeError, ValueError):
         return str(value)
-
-
-def _spread(quantiles: object, unit: str) -> str | None:
-    """Quantiles such as `{"p50": 1.0, "p95": 2.0}` in one line."""
-    if not isinstance(quantiles, Mapping):
-        return None
-    known = [f"{name} {value:,.4g}" for name, value in quantiles.items() if isinstance(value, int | float)]
-    return f"{', '.join(known)} {unit}" if known else None
 
 
 def _metrics(run: Reading) -> Table:
     """The last value of each metric; those of single workers are in a picture."""
     shown = {name: value for name, value in run.metrics.items() if name in run.curves or not name.startswith("time/")}
     order = sorted(shown, key=lambda name: (not name.startswith(("eval/", "train/")), name))
-    rows = [(name, number(shown[name]), _unit(name, run.clock)) for name in order]
+    rows = [(name, number(shown[name]), _unit(name, run)) for name in order]
     note = "" if rows else "No step was committed."
     return Table("Last metrics", rows, numbers=frozenset({1}), note=note)
 
 
-def _unit(metric: str, clock: str) -> str:
-    virtual = clock.removesuffix("s")
-    units = {"time": f"{virtual}ms", "throughput": f"samples / {clock}", "staleness": "updates", "quorum": "slots"}
-    return units.get(metric.partition("/")[0], "")
+def _unit(metric: str, run: Reading) -> str:
+    units = {"time": run.milliseconds, "throughput": f"samples / {run.clock}"}
+    return {**units, "staleness": "updates", "quorum": "slots"}.get(metric.partition("/")[0], "")
 
 
 def _events(run: Reading) -> Table:
