@@ -14,11 +14,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,7 +28,7 @@ from distgd import weights
 from distgd.cluster import Cluster, RayCluster
 from distgd.config import Config, load
 from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed, users_error
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed, blaming, users_error
 from distgd.inprocess import InProcessCluster
 from distgd.layout import state
 from distgd.plan import Plan
@@ -39,6 +37,7 @@ from distgd.records import Jsonl, Many, RunEnd, Tracker
 from distgd.report import write_report
 from distgd.resources import by_role
 from distgd.result import Result, summarize
+from distgd.runfolder import give_back, missing, new_folder, refused_by_disk
 from distgd.runinfo import describe
 from distgd.signals import interruptible
 from distgd.sources import undisturbed
@@ -46,7 +45,7 @@ from distgd.stopping import Stop
 from distgd.tasks import Pieces, Task, tracker
 from distgd.tracking import Mlflow, absolute, active_run
 
-__all__ = ["Plan", "Result", "launch", "prepare", "train"]
+__all__ = ["Plan", "Result", "launch", "new_folder", "prepare", "train"]
 
 log = logging.getLogger("distgd.trainer")
 
@@ -132,7 +131,13 @@ def _recorded_only(on_event: Watch) -> Watch:
     """Pass on the events that `metrics.jsonl` has, as copies that may be changed."""
 
     def watch(event: dict[str, Any]) -> object:
-        return on_event({**event, "metrics": dict(event["metrics"])}) if event["event"] != "start" else None
+        if event["event"] == "start":
+            return None
+        with blaming("on_event", "a function that takes every event"):
+            answer = on_event({**event, "metrics": dict(event["metrics"])})
+        if answer is Stop:
+            raise BadInput.described("on_event", "a Stop or None", "the class itself", 'return distgd.Stop("why")')
+        return answer
 
     return watch
 
@@ -157,8 +162,10 @@ def launch(
         config, parent = _in_active_run(config)
         plan = prepare(_absolute(config), task, name)
         also = [tracker(path) for path in config.tracking.also]
+        made = missing(Path(plan.config.run.storage))
         run_dir = new_folder(plan.config, name)
         run = _Run(plan, run_dir, watch, began if began is not None else time.time(), parent, also)
+        run.made = made
         with interruptible(lambda: run.closing) as run.listen_to_signals:
             return run.execute(cluster)
 
@@ -190,20 +197,6 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update=changed)
 
 
-def new_folder(config: Config, name: str) -> Path:
-    """The folder of a run that is yet to come, made; one that holds files is `BadInput`."""
-    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = Path(config.run.storage) / (config.run.name or stamp)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise BadInput.at("run.name", "a new run folder", str(run_dir), "choose another with run.name=")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        do = f"{error.strerror}; set it to a folder that can be written"
-        raise BadInput.at("run.storage", "a folder for run folders", config.run.storage, do) from error
-    return run_dir
-
-
 class _Run:
     """The parts of one run and the order in which they begin and end."""
 
@@ -213,6 +206,7 @@ class _Run:
         self.listen_to_signals: Callable[[], None] = lambda: None
         self.plan = plan
         self.run_dir = run_dir
+        self.made: list[Path] = []  # folders that were made for the run folder
         self.watch = watch
         self.began = began
         self.parent = parent
@@ -222,40 +216,56 @@ class _Run:
         self.cast = plan.cast()
         self.mlflow = _mlflow(plan) if plan.config.tracking.uri != "none" else None
         self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []), *also)
-        self.ledger: IO[str] = (run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.ledger: IO[str]
+        self.files = ExitStack()
+        self.final: dict[str, Tensor] = {}  # the last version, once it is here
 
     def execute(self, cluster: Cluster | None) -> Result:
         """Everything after the checks; the cluster is closed and the trackers are told, whatever happens."""
+        error: DistgdError | None = None
+        try:
+            self._begin()
+            self._train(cluster or _cluster(self.plan))
+        except KeyboardInterrupt:
+            error = Interrupted("interrupted; what was committed so far is in " + str(self.run_dir))
+        except Exception as raised:  # noqa: BLE001 - the trackers are told, whatever it is
+            error = self._error(raised)
+        self.closing = True  # the end of a run takes a bounded time, and is not cut in two
+        try:
+            self._save_final()
+            self.files.close()
+        except Exception as raised:  # noqa: BLE001 - likewise
+            error = error or self._error(raised)
+        if isinstance(error, BadInput) and self.first_commit is not None:
+            error = RunFailed(str(error))
+        result = self._finish(error)
+        if isinstance(error, BadInput):  # found on the cluster; the same command, corrected, starts anew
+            give_back(self.run_dir, self.made)
+            raise error
+        if error is not None:
+            error.result = result
+            raise error
+        return result
+
+    def _begin(self) -> None:
+        """The run folder's files, the trackers, and what the plan warns of."""
         (self.run_dir / "config.yaml").write_text(self.plan.config.to_yaml(), encoding="utf-8")
+        ledger = (self.run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.ledger = self.files.enter_context(ledger)
         self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.planned_steps})
         self.tracker.start(describe(self.plan, self.run_dir, self.parent))
         for warning in self.plan.warnings:
             log.warning("%s", warning)
             at = {"step": 0, "version": 0, "samples": 0, "seconds": 0.0, "metrics": {}}
             self.tracker.log({"event": "warning", **at, "message": warning})
-        error: DistgdError | None = None
-        try:
-            self._train(cluster or _cluster(self.plan))
-        except KeyboardInterrupt:
-            error = Interrupted("interrupted; what was committed so far is in " + str(self.run_dir))
-        except DistgdError as raised:
-            error = raised
-        except Exception as raised:  # noqa: BLE001 - the trackers are told, whatever it is
-            error = RunFailed(users_error(raised))
-            error.__cause__ = raised
-        finally:
-            self.ledger.close()
-        if isinstance(error, BadInput) and self.first_commit is not None:
-            error = RunFailed(str(error))
-        self.closing = True  # the end of a run takes a bounded time, and is not cut in two
-        result = self._finish(error)
-        if isinstance(error, BadInput):  # found on the cluster; the same command, corrected, starts anew
-            shutil.rmtree(self.run_dir, ignore_errors=True)
-            raise error
-        if error is not None:
-            error.result = result
-            raise error
-        return result
+
+    def _error(self, raised: Exception) -> DistgdError:
+        if isinstance(raised, DistgdError):
+            return raised
+        refused = refused_by_disk(raised, self.run_dir) if isinstance(raised, OSError) else None
+        error = refused or RunFailed(users_error(raised))
+        error.__cause__ = raised
+        return error
 
     def _train(self, cluster: Cluster) -> None:
         try:
@@ -355,11 +365,7 @@ class _Run:
     def _finish(self, error: DistgdError | None) -> Result:
         stopped = self.driver is not None and self.driver.stopped
         status = error.status if error is not None else "stopped" if stopped else "completed"
-        final: dict[str, Tensor] = {}
-        if self.driver is not None and self.driver.whole:
-            final = self._state_of(self.driver.final)
-            weights.save(final, self.run_dir / "model.safetensors")
-        result = self._result(status, final)
+        result = self._result(status)
         self._last_event(result, str(error) if error is not None else None)
         files = (self.run_dir / "model.safetensors", self.run_dir / "best.safetensors")
         self.tracker.finish(
@@ -368,11 +374,16 @@ class _Run:
                 {k: v for k, v in result.as_dict().items() if k not in ("metrics", "run_dir", "mlflow_run_id", "best")},
                 self._report(),
                 tuple(file for file in files if file.exists()),
-                self.plan.replica.plain_model() if final else None,
+                self.plan.replica.plain_model() if self.final else None,
                 self.plan.example,
             )
         )
-        return self._result(status, final)
+        return self._result(status)
+
+    def _save_final(self) -> None:
+        if self.driver is not None and self.driver.whole:
+            self.final = self._state_of(self.driver.final)
+            weights.save(self.final, self.run_dir / "model.safetensors")
 
     def _last_event(self, result: Result, message: str | None) -> None:
         place = {"step": result.steps, "version": result.versions, "samples": result.samples}
@@ -383,7 +394,8 @@ class _Run:
         try:
             self._tell(end)
         except Exception as error:  # noqa: BLE001 - the run is over, and its result is not lost for this
-            log.warning("on_event failed at the end of the run: %s", users_error(error))
+            said = str(error) if isinstance(error, DistgdError) else users_error(error)
+            log.warning("on_event failed at the end of the run: %s", said)
 
     def _seconds(self) -> float:
         return self.driver.tally.last_commit - self.driver.tally.began if self.driver else 0.0
@@ -404,11 +416,11 @@ class _Run:
             log.warning("the report could not be written: %s", error)
             return None
 
-    def _result(self, status: str, state: dict[str, Tensor]) -> Result:
+    def _result(self, status: str) -> Result:
         return summarize(
             self.plan,
             self.driver,
-            state,
+            self.final,
             run_dir=str(self.run_dir),
             mlflow_run_id=self.mlflow.run_id if self.mlflow else None,
             status=status,

@@ -33,7 +33,7 @@ FLOORS = {
             "wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
             "server worker evaluator driver assignment evaluations replica tally",  # actors, as plain classes
             "cluster inprocess resources",  # the engine
-            "trainer plan prepare result runinfo signals compare cli __main__ __init__",  # the story
+            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()
