@@ -155,6 +155,8 @@ def _show_result(result: Payload) -> None:
     if (folder / "model.safetensors").exists():
         click.echo(f"weights     {folder / 'model.safetensors'}")
     click.echo(f"numbers     {folder / 'metrics.jsonl'}")
+    if (folder / "report" / "index.html").exists():
+        click.echo(f"report      {folder / 'report' / 'index.html'}")
     if result["mlflow_run_id"]:
         click.echo(f"curves      distgd ui {folder}")
 
