@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from distgd.report.curves import Curve, running_mean
-from distgd.report.drawing import LINES, WIDTH, frame, look, plain, ranges_widely
+from distgd.report.drawing import LINES, WIDTH, beside, frame, look, plain, ranges_widely
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from distgd.report.drawing import Axes, Figure
 
 PANELS = 2 * WIDTH  # inches for the three of them
 MARKERS = 12  # on a curve, about
@@ -25,10 +24,7 @@ def comparison(curves: Mapping[str, Curve], metric: str, clock: str, level: floa
         clock: the unit of time.
         level: a target, drawn as a line.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(PANELS, 4.2 + 0.25 * (len(curves) // A_ROW)), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    figure, panels = beside(3, PANELS, 4.2 + 0.25 * (len(curves) // A_ROW))
     values = [value for curve in curves.values() for value in curve.means]
     axes = {"step": "step", "samples": "samples", "seconds": f"training time ({clock})"}
     for panel, (axis, label) in zip(panels, axes.items(), strict=True):

@@ -1,7 +1,7 @@
 """What pictures are made of: looks, panels, curves, and the PNG.
 
 Colors are Okabe and Ito's (Color Universal Design, 2008), which people with any color vision can tell apart; curves
-differ in marker or line as well. matplotlib is imported when something is drawn.
+differ in marker or line as well. The only file that imports matplotlib, when something is drawn.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from distgd.report.curves import Curve, Place, running_mean
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW, BLACK = "#56B4E9", "#E69F00", "#000000"
@@ -69,6 +69,14 @@ def stack(title: str, heights: Sequence[float], last: int) -> tuple[Figure, Sequ
     panels[-1].set_xlim(0, 1.03 * max(last, 1))
     panels[-1].xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return figure, panels
+
+
+def beside(count: int, width: float, height: float) -> tuple[Figure, Sequence[Axes]]:
+    """Panels side by side that share the axis of values; the size is that of the figure, in inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
 def rows(title: str, count: int, label: str) -> tuple[Figure, Axes]:

@@ -30,7 +30,7 @@ from distgd.report.drawing import (
 from distgd.report.reading import Reading
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from distgd.report.drawing import Figure
 
 PHASES = {
     "compute": (BLUE, ""),
