@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 import distgd
@@ -107,6 +109,11 @@ def _waited(scores: list[tuple[int, float]]) -> bool:
     return since >= RULES["patience"]["evals"]
 
 
+GIVEN_BACK = 20.0  # seconds that Ray has to take back what the last trial held
+ROLES = ("ray::Server", "ray::Worker", "ray::Evaluator")
+"""How processes of a run are called."""
+
+
 @dataclass(frozen=True)
 class Swept:
     """What a sweep left: runs in MLflow, how each ended, the most at once, and Ray afterwards."""
@@ -115,7 +122,7 @@ class Swept:
     statuses: list[str]
     at_once: int
     ray_up: bool
-    actors: int
+    processes: int
     cpus: float
     all_cpus: float
 
@@ -125,7 +132,6 @@ def sweep(folder: Path) -> Swept:
     import ray
     from mlflow import MlflowClient
     from ray import tune
-    from ray.util.state import list_actors
 
     config = {
         "task": "digits",
@@ -159,12 +165,15 @@ def sweep(folder: Path) -> Swept:
         if errors:
             raise errors[0]
         up = ray.is_initialized()
-        alive = [a for a in list_actors(filters=[("state", "!=", "DEAD")]) if "distgd" in a.class_name]
-        cpus, total = ray.available_resources().get("CPU", 0.0), ray.cluster_resources()["CPU"]
+        left = [p for p in psutil.process_iter(["cmdline"]) if "".join(p.info["cmdline"] or []).startswith(ROLES)]
+        total = ray.cluster_resources()["CPU"]
+        until = time.monotonic() + GIVEN_BACK
+        while (cpus := ray.available_resources().get("CPU", 0.0)) < total and time.monotonic() < until:
+            time.sleep(0.2)
     client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "distgd"]
     runs = client.search_runs([experiment.experiment_id])
     spans = [(run.info.start_time, run.info.end_time) for run in runs]
     at_once = max(sum(start <= begin < end for start, end in spans) for begin, _ in spans)
     statuses = [run.data.tags["result.status"] for run in runs]
-    return Swept(len(runs), statuses, at_once, up, len(alive), cpus, total)
+    return Swept(len(runs), statuses, at_once, up, len(left), cpus, total)

@@ -168,11 +168,11 @@ def tune_sweeps(bench: Bench) -> Measured:
     swept = trials.sweep(bench.folder)
     found = (
         f"{swept.mlflow_runs} MLflow runs, status {swept.statuses}, {swept.at_once} at a time; Ray "
-        f"{'up' if swept.ray_up else 'down'}, actors left {swept.actors}, "
+        f"{'up' if swept.ray_up else 'down'}, processes left {swept.processes}, "
         f"CPUs free {swept.cpus:g} of {swept.all_cpus:g}"
     )
     stopped = sorted(swept.statuses) == ["completed", "completed", "completed", "stopped"]
-    clean = swept.ray_up and swept.actors == 0 and swept.cpus == swept.all_cpus
+    clean = swept.ray_up and swept.processes == 0 and swept.cpus == swept.all_cpus
     return Measured(found, swept.mlflow_runs == 4 and stopped and clean and swept.at_once <= 2)
 
 
