@@ -15,9 +15,9 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import closing, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -45,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process lives
     if "--json" not in given:
         return _outcome(given)[0]
     stdout = sys.stdout
@@ -52,13 +55,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, payload = _outcome(given)
     from distgd.records import strict
 
-    print(json.dumps(strict(payload), allow_nan=False), file=stdout, flush=True)
+    try:
+        print(json.dumps(strict(payload), allow_nan=False), file=stdout, flush=True)
+    except OSError as error:
+        _write_off(stdout)
+        return code or _told(1, "failed", f"the JSON object could not be written: {error.strerror}")[0]
     return code
+
+
+def _write_off(stream: TextIO) -> None:
+    """Nobody takes what is printed, as in `| head`: no more of it, and no complaint when the process ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _outcome(arguments: list[str]) -> tuple[int, Payload]:
     """The exit code and what `--json` prints; errors have been told to the person."""
     try:
+        _check_current_folder()
         returned = commands.main(arguments, prog_name="distgd", standalone_mode=False)
         payload = returned if isinstance(returned, Mapping) else {}
         return DistgdError.exit_code if payload.get("status") == DistgdError.status else 0, payload
@@ -69,12 +83,28 @@ def _outcome(arguments: list[str]) -> tuple[int, Payload]:
         return code, {**result, **payload}
     except click.ClickException as error:
         error.show()
-        return BadInput.exit_code, {"status": BadInput.status, "error": error.format_message()}
+        said = error.format_message()
+        if isinstance(error, click.NoSuchOption) and "." in error.option_name:
+            hint = f"A key of the config is given without dashes: {error.option_name.lstrip('-')}=VALUE"
+            click.echo(hint, err=True)
+            said = f"{said} {hint}"
+        return BadInput.exit_code, {"status": BadInput.status, "error": said}
+    except BrokenPipeError:
+        _write_off(sys.stdout)
+        return 1, {"status": "failed", "error": "nobody reads the output"}
     except (click.Abort, KeyboardInterrupt):
         return _told(130, "interrupted", "interrupted")
     except Exception as error:  # noqa: BLE001  # a mistake of ours: with --json it is told as JSON too
         traceback.print_exc()
         return 1, {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        found = "one that was removed"
+        raise BadInput.described("the current folder", "a folder that is there", found, "go to another one") from error
 
 
 def _told(code: int, status: str, message: str) -> tuple[int, Payload]:
@@ -118,7 +148,10 @@ def _train(config: Config, name: str) -> Payload:
 
     with closing(_Line()) as line:
         result: Payload = trainer.launch(config, name, line, began=STARTED).as_dict()
-    _show_result(result)
+    try:
+        _show_result(result)
+    except OSError:  # the run is done and recorded, whoever listens
+        _write_off(sys.stdout)
     return result
 
 
@@ -300,7 +333,9 @@ def _run_folder(run: str) -> Path:
     for folder in (Path(run), Path(Run().storage) / run):
         if (folder / "config.yaml").is_file():
             return folder
-    raise BadInput(f"RUN: expected a run folder or a name under {Run().storage}/, found {run!r} with no config.yaml")
+    expected = f"a run folder or a name under {Run().storage}/"
+    do = f"start from the folder that {Run().storage}/ is in, or give the whole path"
+    raise BadInput.described("RUN", expected, f"{run!r} with no config.yaml in it", do)
 
 
 def _load(source: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import secrets
 import shutil
 import socket
@@ -100,7 +101,7 @@ class Process:
             facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
             self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
             return self._loop(actor)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the driver is told
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the driver is told
             kind = type(error).__name__ if isinstance(error, DistgdError) else "RunFailed"
             self._endpoint.send(ev.DRIVER, ev.ProcessFailed(timeline, kind, _told(error)))
             return f"failed: {error}"
@@ -129,7 +130,7 @@ class Process:
                         return why
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return str(error) if isinstance(error, DistgdError) else users_error(error)
 
 
@@ -195,9 +196,10 @@ class RayCluster:
             peers = _reachable(incarnation, places)
             try:
                 life = self._actors[incarnation].run.remote(spec, peers)
-            except TypeError as error:
+            except (TypeError, pickle.PicklingError) as error:
                 do = "keep locks, files and connections out of the task object, or make them in its methods"
-                raise BadInput(f"task: expected an object that can be sent to processes ({error}); {do}") from error
+                found = f"one that cannot: {str(error).splitlines()[0]}"
+                raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
             self._running[life] = incarnation
 
     def connect(self, cpus: float) -> None:
@@ -216,7 +218,7 @@ class RayCluster:
             self._joined = True
         except (ConnectionError, RuntimeError, ValueError) as error:
             do = "start it with `ray start --head`, or remove the key to train on this machine"
-            raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", address, do) from error
+            raise BadInput.described("cluster.address", "a running Ray cluster", f"{address} ({error})", do) from error
 
     def _start_private(self, cpus: float) -> None:
         """Start Ray on this machine, in a folder of its own.
@@ -257,7 +259,7 @@ class RayCluster:
             socket.create_connection((host, int(port)), timeout=min(5.0, self._start_seconds)).close()
         except OSError as error:
             do = "start it with `ray start --head`, or remove the key to train on this machine"
-            raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", address, do) from error
+            raise BadInput.described("cluster.address", "a running Ray cluster", f"{address} ({error})", do) from error
 
     def _check_gpus(self, specs: Mapping[int, Spec]) -> None:
         """On a cluster of one's own nothing will be added, so that waiting for a GPU would be in vain."""

@@ -346,8 +346,11 @@ def _failure(name: str, event: ev.ProcessFailed) -> DistgdError:
 
 def _diverged(step: int, bad: tuple[int, ...], stats: tuple[ev.SlotStats, ...]) -> Diverged:
     slots = ", ".join(map(str, bad))
+    do = "lower optimizer.lr, set optimizer.clip.norm, or look at these samples"
+    if step == 0:  # no learning rate has had its part in it
+        do = "look at the loss, the initial weights and these samples"
     found = {s.slot: f"loss {s.loss}, squared gradient norm {s.squared_norm}" for s in stats}
     return Diverged(
         f"step {step}, slot {slots}: expected a finite loss and gradient, found {found.get(bad[0], 'neither')}; "
-        "lower optimizer.lr, set optimizer.clip.norm, or look at these samples; it was not applied"
+        f"{do}; it was not applied"
     )

@@ -121,7 +121,7 @@ def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | No
         replica.batch(source, order, 0, 0)
     hook = replica.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     try:
-        with blaming("task.loss", "a loss of the first slot and its gradient"), _dense_only(replica):
+        with blaming("task.loss", "loss(model, batch) to give the mean of a slot"), _dense_only(replica):
             replica.gradient(source, order, 0, 0, replica.layout.zeros())
     finally:
         hook.remove()
@@ -161,7 +161,7 @@ def _try_evaluation(replica: Replica, config: Config) -> Blueprint | None:
         return None
     with blaming("task.eval_data", "data that can be opened"):
         source = replica.eval_source()
-    with blaming("task", "held-out samples that can be evaluated"):
+    with blaming("task.eval_data", "samples that loss and metrics take"):
         found = replica.evaluate(source, TRIAL, samples=TRIAL)
     if not hasattr(replica.task, "evaluate"):  # what that one returns is known once it has seen the whole set
         judge.check({f"eval/{name}": value for name, value in found.items()})

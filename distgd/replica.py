@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distgd import tasks
-from distgd.errors import BadInput, RunFailed
+from distgd.errors import BadInput, RunFailed, blaming
 from distgd.events import SlotStats
 from distgd.layout import BufferLayout, Layout, Slice, block_squares, parameters, squared_norm
 from distgd.optim import clip_scale
@@ -200,7 +200,8 @@ class Replica:
         for name, view in views.items():
             if named[name].grad is not view:
                 do = "leave .grad and zero_grad() to the run"
-                raise BadInput.at("task.loss", "a loss that leaves gradients alone", f"another .grad of {name}", do)
+                found = f"another .grad of {name}"
+                raise BadInput.described("task.loss", "a loss that leaves gradients alone", found, do)
         return float(loss.detach()), weight
 
     def _loss(self, batch: Batch, samples: int) -> tuple[Tensor, float]:
@@ -231,7 +232,9 @@ class Replica:
         own = getattr(self.task, "evaluate", None)
         if own is None or samples is not None:
             return means
-        found = _numbers(own(self.model, (batch for batch, _ in self._batches(source, batch_size, stop))))
+        batches = (batch for batch, _ in self._batches(source, batch_size, stop))
+        with blaming("task.evaluate", "evaluate(model, batches) to give numbers by name"):
+            found = _numbers(own(self.model, batches))
         if taken := sorted(found.keys() & means.keys()):
             do = "choose other names"
             raise BadInput.at("task.evaluate", "names that neither the loss nor metrics have", taken, do)
@@ -260,8 +263,10 @@ class Replica:
         metrics = getattr(self.task, "metrics", None)
         found: object = metrics(self.model, batch) if metrics else {}
         do = 'return {"accuracy": (model(x).argmax(1) == y).float()} or its like'
-        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+        if not isinstance(found, Mapping):
             raise BadInput.described("task.metrics", "a mapping from names to tensors", _kind(found), do)
+        if wrong := [name for name in found if not isinstance(name, str)]:
+            raise BadInput.at("task.metrics", "names that are text", wrong, do)
         if "loss" in found:
             raise BadInput.at(
                 "task.metrics", "other names than loss, which is the loss's own", list(found), "rename it"

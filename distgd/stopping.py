@@ -99,7 +99,8 @@ class Judge:
         for key, section in named.items():
             if section is not None and section.metric not in metrics:
                 known = ", ".join(name for name in sorted(metrics) if name.startswith("eval/"))
-                raise BadInput.at(f"{key}.metric", f"one of {known}", section.metric)
+                do = "choose one, or return it from the task's metrics or evaluate"
+                raise BadInput.at(f"{key}.metric", f"one of {known}", section.metric, do)
 
     def _reached(self, metrics: Mapping[str, float]) -> str | None:
         if self.target is None:

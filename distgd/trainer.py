@@ -95,7 +95,8 @@ def train(
     """
     began = time.time()
     if not isinstance(config, str | Path | Mapping | Config) or not all(isinstance(o, str) for o in overrides):
-        raise BadInput.at("train", "a path, a mapping or a Config, then overrides as text", [config, *overrides])
+        do = 'such as train("run.yaml", "batch.size=64")'
+        raise BadInput.at("train", "a path, a mapping or a Config, then overrides as text", [config, *overrides], do)
     if isinstance(task, type):
         raise BadInput.at("task", "an object", task.__name__, f"make one: task={task.__name__}(...)")
     pieces = {
@@ -113,7 +114,7 @@ def train(
     if given:
         task = cast(Task, Pieces(**given))
     if on_event is not None and not callable(on_event):
-        raise BadInput.at("on_event", "a function of an event", on_event)
+        raise BadInput.at("on_event", "a function of an event", on_event, "give the function itself")
     if task is not None:  # on record it is the object, whatever the config names
         overrides += (f"task={json.dumps(_origin(task))}",)
     name = Path(config).stem if isinstance(config, str | Path) else "run"

@@ -154,7 +154,11 @@ class Worker:
         """Compute one slot, unless it has been abandoned meanwhile."""
         if work.token != self._token:
             return Computed(self._timeline, work, SlotGradient.empty(work.slot))
-        gradient = self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out)
+        try:
+            gradient = self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out)
+        except Exception as error:
+            error.add_note(f"while slot {work.slot} of step {work.step} was computed")
+            raise
         return Computed(self._timeline, work, gradient)
 
     # What both modes need.

@@ -200,7 +200,7 @@ def _nearest(section: Key, name: str) -> str:
     if close := difflib.get_close_matches(name, known_keys(section), n=1):
         return f"; did you mean {_dotted((*section, close[0]))}?"
     elsewhere = [key for key in keys if key.rsplit(".", 1)[-1] == name]
-    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else "; remove it"
 
 
 def _advice(path: Key, found: object) -> str:

@@ -133,7 +133,8 @@ class Target(Section):
         _check_evaluated("stop.target.metric", self.metric)
         if (self.at_least is None) == (self.at_most is None):
             found = {key: value for key, value in self if value is not None}
-            refuse("stop.target", "exactly one of at_least, at_most", found, "set stop.target.at_least=0.95")
+            do = "set stop.target.at_least=0.95" if self.at_least is None else "leave one of them out"
+            refuse("stop.target", "exactly one of at_least, at_most", found, do)
         return self
 
 
@@ -367,7 +368,7 @@ class Every(Section):
     def _one(self) -> Self:
         given = {key: value for key, value in self if value is not None}
         if len(given) != 1:
-            refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "")
+            refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "leave one of them")
         return self
 
     @model_serializer(mode="wrap")

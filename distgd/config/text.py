@@ -24,6 +24,13 @@ _CORE = {
 }
 
 
+_WAYS_OUT = {  # words of PyYAML's, and what to do
+    "'\\t'": "indent with spaces",
+    "another document": "leave one document, without lines of ---",
+    "undefined alias": "put text that begins with * in quotes",
+}
+
+
 class _Refused(yaml.MarkedYAMLError):
     """YAML that is sound and not taken here: what was found, and what to do."""
 
@@ -85,8 +92,9 @@ def _told(error: yaml.MarkedYAMLError) -> tuple[str, str]:
     """What was found, and what to do."""
     if isinstance(error, _Refused):
         return str(error.problem), str(error.note)
-    do = "indent with spaces" if "'\\t'" in str(error.problem) else "look at brackets, quotes, colons and indentation"
-    return f"a mistake: {error.problem or error.context}", do
+    said = str(error.problem or error.context)
+    known = (do for words, do in _WAYS_OUT.items() if words in said)
+    return f"a mistake: {said}", next(known, "look at brackets, quotes, colons and indentation")
 
 
 def dump(value: Any) -> str:

@@ -96,7 +96,8 @@ def _check_names(key: str, args: Mapping[str, Any], parameters: Parameters) -> N
             parameter.KEYWORD_ONLY,
         )
         if needed and name not in args:
-            raise BadInput.at(key, f"a value for {name}, which has no default", dict(args), f"set {key}.{name}")
+            do = f"set {key}.{name}, or give it a default" if key.startswith("task.args") else "give it a default"
+            raise BadInput.at(key, f"a value for the argument {name}", dict(args), do)
 
 
 def _wrong_value(key: str, error: ValidationError, args: Mapping[str, Any]) -> Exception:

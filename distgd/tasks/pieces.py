@@ -9,7 +9,7 @@ from torch import nn
 
 from distgd.config import PIECES, Data, TaskSection
 from distgd.errors import BadInput
-from distgd.sources import arrived, is_data, travelling
+from distgd.sources import arrived, is_data, open_source, travelling
 from distgd.tasks.imports import called, imported, signature
 
 
@@ -21,6 +21,9 @@ class Pieces:
         `loss`, `metrics`, `evaluate`, `collate`: functions.
         `train_data`, `eval_data`: data, or a function that returns it.
 
+    Args:
+        prefix: what messages put before a piece's name.
+
     Raises:
         BadInput: a piece of another kind, or one that is missing; the message names it.
 
@@ -29,13 +32,13 @@ class Pieces:
     ((1.0,), False)
     """
 
-    def __init__(self, **pieces: Any) -> None:
+    def __init__(self, prefix: str = "", /, **pieces: Any) -> None:
         given = {name: piece for name, piece in pieces.items() if piece is not None}
         missing = [name for name in PIECES[:3] if name not in given]
         if missing:
             raise BadInput.at("task", "model, loss and train_data", sorted(given), f"give {', '.join(missing)} too")
         for name, piece in given.items():
-            setattr(self, name, _piece(name, piece))
+            setattr(self, name, _piece(f"{prefix}{name}", name, piece))
 
     def origin(self) -> dict[str, str]:
         """Where each piece comes from, as `module:name`, for the record."""
@@ -52,10 +55,10 @@ def named(section: TaskSection, data: Data) -> Pieces:
     for name, path in section.pieces.items():
         piece, args = imported(f"task.{name}", path), section.args.get(name, {})
         if not isinstance(args, Mapping):
-            raise BadInput.at(f"task.args.{name}", "a mapping of arguments", args)
+            raise BadInput.at(f"task.args.{name}", "a mapping of arguments", args, f"such as {{{name}: {{width: 3}}}}")
         made[name] = _bound(name, path, piece, dict(args), data)
     _check_read(section, data, made)
-    return Pieces(**{name: piece.made if isinstance(piece, _Bound) else piece for name, piece in made.items()})
+    return Pieces("task.", **{name: piece.made if isinstance(piece, _Bound) else piece for name, piece in made.items()})
 
 
 class _Bound:
@@ -118,19 +121,20 @@ class _Held:
         self.value = arrived(state["value"])
 
 
-def _piece(name: str, piece: Any) -> Callable[..., Any]:
+def _piece(key: str, name: str, piece: Any) -> Callable[..., Any]:
     if name == "model" and isinstance(piece, nn.Module):
         return _Held(piece)
     if name in ("train_data", "eval_data") and is_data(piece):
         return _Held(piece)
     if callable(piece):
         return cast("Callable[..., Any]", piece)
-    expected = {
-        "model": "a torch.nn.Module, or a class or function that makes one",
-        "train_data": "data, or a function that returns it",
-        "eval_data": "data, or a function that returns it",
-    }.get(name, "a function")
-    raise BadInput.at(name, expected, piece)
+    if name in ("train_data", "eval_data"):
+        open_source(piece, key=key)  # says what is wrong with it
+    is_model = name == "model"
+    expected = "a torch.nn.Module, or a class or function that makes one" if is_model else "a function"
+    raise BadInput.at(
+        key, expected, piece, "give the object itself, no name of it" if isinstance(piece, str) else "give one"
+    )
 
 
 def _origin(piece: Any) -> str:
