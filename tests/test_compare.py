@@ -298,7 +298,7 @@ def test_variants_are_children_of_one_parent_run(tmp_path: Path) -> None:
     assert len(found) == 3 and {run.info.run_name for run in children} == {"sync", "async"}
     assert {run.info.status for run in found} == {"FINISHED"}
     assert parent.info.run_name == "here" and parent.data.params["consistency.mode"] == "sync, async"
-    assert parent.data.metrics["result/variants"] == 2.0
+    assert (parent.data.tags["result.variants"], parent.data.tags["result.failed"]) == ("2", "0")
     logged = {file.path for file in client.list_artifacts(parent.info.run_id, "report")}
     assert {"report/index.html", "report/comparison.json", "report/eval-accuracy.png"} <= logged
     assert mlflow.active_run() is None and mlflow_settings() == settings
