@@ -314,6 +314,8 @@ def ui(run: str | None, port: int) -> None:
     uri = _store(run, os.environ)
     if uri == "none":
         raise BadInput.at("tracking.uri", "an MLflow store", uri, "the run's numbers are in its metrics.jsonl")
+    tracking.check(uri, port)
+    click.echo(f"curves  {tracking.page_of(uri, port, Path(run).name if run else None)}")
     if code := tracking.ui(uri, port):
         raise DistgdError(f"MLflow's server ended with exit code {code}")
 
