@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -149,8 +150,8 @@ def result(program: str, tmp_path_factory: pytest.TempPathFactory) -> distgd.Res
 
 
 @pytest.fixture(scope="module")
-def address(result: distgd.Result, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where `distgd ui` serves the run's pages. In the end it gets Ctrl-C, and nothing of it may be left."""
+def run(result: distgd.Result, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The run's page, as `distgd ui` prints it. In the end it gets Ctrl-C, and nothing of it may be left."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # The background job of a shell ignores Ctrl-C, and so would all that it starts.
@@ -164,7 +165,9 @@ def address(result: distgd.Result, tmp_path_factory: pytest.TempPathFactory) -> 
     try:
         wait_until(lambda: process.poll() is not None or answers(port), log.read_text)
         assert process.poll() is None, log.read_text()
-        yield f"http://127.0.0.1:{port}"
+        printed = re.search(r"^curves  (\S+)/model-metrics$", log.read_text(), re.MULTILINE)
+        assert printed, log.read_text()
+        yield printed[1]
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(PATIENCE) == 0, log.read_text()
         wait_until(lambda: not left_of(process.pid), lambda: f"left: {left_of(process.pid)}\n{log.read_text()}")
@@ -188,22 +191,6 @@ def left_of(group: int) -> list[str]:
     return names
 
 
-@pytest.fixture(scope="module")
-def experiment(address: str, result: distgd.Result) -> str:
-    """The address of the experiment's pages."""
-    from mlflow import MlflowClient
-
-    assert result.mlflow_run_id
-    store = f"sqlite:///{Path(result.run_dir).parent.parent}/mlflow.db"
-    return f"{address}/#/experiments/{MlflowClient(store).get_run(result.mlflow_run_id).info.experiment_id}"
-
-
-@pytest.fixture(scope="module")
-def run(experiment: str, result: distgd.Result) -> str:
-    """The address of the run's pages."""
-    return f"{experiment}/runs/{result.mlflow_run_id}"
-
-
 def curve(result: distgd.Result, name: str) -> dict[int, float]:
     """A metric's values by step, as the run folder has them."""
     lines = Path(result.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -211,8 +198,8 @@ def curve(result: distgd.Result, name: str) -> dict[int, float]:
     return {event["step"]: event["metrics"][name] for event in events}
 
 
-def test_the_experiment_lists_the_run(browser: Browser, experiment: str, result: distgd.Result) -> None:
-    page = Page(browser, f"{experiment}/runs")
+def test_the_experiment_lists_the_run(browser: Browser, run: str, result: distgd.Result) -> None:
+    page = Page(browser, run.rpartition("/")[0])
     link = page.find(f"[...document.querySelectorAll('a')].find(link => link.innerText === '{NAME}')?.href")
     assert link.endswith(f"/runs/{result.mlflow_run_id}")
 
