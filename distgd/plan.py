@@ -83,7 +83,7 @@ class Plan:
         section, given = self.config.task, self.task.given
         if given is not None and not isinstance(given, Pieces):
             return type(given).__name__
-        return section.name or section.path or (section.model or "task").rpartition(":")[2]
+        return section.name or section.path or section.model or "task"
 
     @property
     def planned_steps(self) -> int | None:
