@@ -1,7 +1,8 @@
 """A run's config: frozen sections, loaded from YAML, overridden by `a.b=c`, dumped, and described.
 
     sections   what each key means
-    data       those about data, in a file of their own
+    task, data, stop
+               the larger sections, in files of their own
     strict     what every section is made of
     text       YAML in and out
     schema     the sections in words
@@ -21,9 +22,7 @@ from distgd.config.data import Csv, Data, Feature, HeldOut, TargetColumn
 from distgd.config.loading import load
 from distgd.config.schema import Row, docs_markdown, json_schema, schema_rows
 from distgd.config.sections import (
-    PIECES,
     Batch,
-    Best,
     Clip,
     Cluster,
     Config,
@@ -32,15 +31,12 @@ from distgd.config.sections import (
     Every,
     Group,
     Optimizer,
-    Patience,
     Run,
     Schedule,
-    Stop,
-    Target,
-    TaskSection,
     Tracking,
-    better,
 )
+from distgd.config.stop import Best, Patience, Stop, Target, better
+from distgd.config.task import PIECES, TaskSection
 
 __all__ = [
     "PIECES",

@@ -22,7 +22,9 @@ from pydantic import (
 )
 
 from distgd.config.data import Data
-from distgd.config.strict import Amount, Count, Open, Positive, Section, Text, refuse
+from distgd.config.stop import Best, Stop
+from distgd.config.strict import Amount, Count, ImportPath, Open, Positive, Section, Text, refuse
+from distgd.config.task import TaskSection
 from distgd.config.text import dump
 
 Name = Annotated[
@@ -30,9 +32,6 @@ Name = Annotated[
     Field(
         pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", json_schema_extra={"expected": "text of letters, digits, . _ -"}
     ),
-]
-ImportPath = Annotated[
-    str, Field(pattern=r"^[^:\s]+:[^:\s]+$", json_schema_extra={"expected": "text of the form module:name"})
 ]
 
 
@@ -47,62 +46,6 @@ class Run(Section):
     """Decides the initial weights, the order of the data and every random number of a slot."""
 
 
-PIECES = ("model", "loss", "train_data", "eval_data", "metrics", "evaluate", "collate")
-"""What a task can be given as, one by one; the first three are needed."""
-
-
-class TaskSection(Section):
-    """Model, loss and data. `task: digits` is short for `task: {name: digits}`.
-
-    It is named in one of three ways: a built-in one by name, a class by path, or its pieces one by one.
-    """
-
-    model_config = ConfigDict(json_schema_extra={"short": "name"})
-
-    name: Text | None = None
-    """A built-in task."""
-    path: ImportPath | None = None
-    """A class of your own, as module:Class."""
-    model: ImportPath | None = None
-    """A torch.nn.Module, or a class or function that makes one, as module:name; with loss and train_data."""
-    loss: ImportPath | None = None
-    """A function (model, batch) -> the mean loss, or (mean, weight)."""
-    train_data: ImportPath | None = None
-    """The training data, or a function that returns it."""
-    eval_data: ImportPath | None = None
-    """Held-out data, or a function that returns it; without it nothing is evaluated."""
-    metrics: ImportPath | None = None
-    """A function (model, batch) -> {name: a tensor with a value a sample, or a mean over the batch}."""
-    evaluate: ImportPath | None = None
-    """A function (model, batches) -> {name: number} that sees the whole held-out set at once."""
-    collate: ImportPath | None = None
-    """A function that makes a batch of a list of a dataset's samples; null is torch's default_collate."""
-    args: dict[str, Any] = Field(default={})
-    """Keyword arguments of the task; where its pieces are named, by piece, such as {model: {hidden: 64}}."""
-
-    @property
-    def pieces(self) -> dict[str, str]:
-        """The pieces that are named, by name."""
-        return {key: value for key in PIECES if (value := getattr(self, key)) is not None}
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        ways = {"name": self.name, "path": self.path, **self.pieces}
-        found = {key: value for key, value in ways.items() if value}
-        if sum((self.name is not None, self.path is not None, bool(self.pieces))) != 1:
-            do = "set the others to null" if found else "set task.name=digits or task.path=module:Class"
-            refuse("task", "exactly one of name, path, or the pieces model, loss, train_data", found, do)
-        if self.pieces:
-            missing = [key for key in PIECES[:3] if key not in self.pieces]
-            if missing:
-                refuse("task", "model, loss and train_data together", found, f"add {', '.join(missing)}")
-            for key in self.args:
-                if key not in self.pieces:
-                    do = f"such as task.args={{{next(iter(self.pieces))}: {{...}}}}"
-                    refuse(f"task.args.{key}", f"one of the pieces {', '.join(self.pieces)}", self.args[key], do)
-        return self
-
-
 class Batch(Section):
     """The global batch of a step and its pieces."""
 
@@ -115,109 +58,6 @@ class Batch(Section):
     def _cut(self) -> Self:
         if self.slots is not None and self.size != "full" and self.slots > self.size:
             refuse("batch.slots", f"at most batch.size={self.size}", self.slots, "a slot holds at least one sample")
-        return self
-
-
-class Target(Section):
-    """A value of an evaluation metric that is good enough."""
-
-    metric: Text
-    """A metric of the evaluations, such as eval/accuracy."""
-    at_least: float | None = None
-    """Reached at this value or above."""
-    at_most: float | None = None
-    """Reached at this value or below."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        _check_evaluated("stop.target.metric", self.metric)
-        if (self.at_least is None) == (self.at_most is None):
-            found = {key: value for key, value in self if value is not None}
-            do = "set stop.target.at_least=0.95" if self.at_least is None else "leave one of them out"
-            refuse("stop.target", "exactly one of at_least, at_most", found, do)
-        return self
-
-
-class Patience(Section):
-    """How long a metric may go without getting better."""
-
-    metric: Text
-    """A metric of the evaluations, such as eval/loss."""
-    evals: Count
-    """Evaluations in a row without a new best value after which the run ends."""
-    min_delta: Amount = 0.0
-    """A value is better if it is better by more than this."""
-    mode: Literal["min", "max"] | None = None
-    """What is better; null goes by the name: min for a loss or an error, max for an accuracy, a score or an AUC."""
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        better("stop.patience", self.metric, self.mode)
-        return self
-
-
-class Best(Section):
-    """The evaluation whose weights are kept in best.safetensors."""
-
-    metric: Text
-    """A metric of the evaluations, such as eval/accuracy."""
-    mode: Literal["min", "max"] | None = None
-    """What is better; null goes by the name, as in stop.patience."""
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        better("eval.best", self.metric, self.mode)
-        return self
-
-
-LOWER, HIGHER = (
-    ("loss", "error", "mae", "mse", "rmse", "perplexity"),
-    ("accuracy", "auc", "f1", "precision", "recall", "r2", "score"),
-)
-
-
-def better(key: str, metric: str, mode: Literal["min", "max"] | None) -> Literal["min", "max"]:
-    """Which values of a metric are better: as `mode` says, else as the last word of its name does."""
-    _check_evaluated(f"{key}.metric", metric)
-    last = metric.replace("/", "_").replace("-", "_").rsplit("_", 1)[-1].lower()
-    if mode is None and last not in (*LOWER, *HIGHER):
-        known = ", ".join((*LOWER, *HIGHER))
-        refuse(f"{key}.mode", f"min or max, as the name of {metric} does not end in one of {known}", None, "set it")
-    return mode or ("min" if last in LOWER else "max")
-
-
-def _check_evaluated(key: str, metric: str) -> None:
-    if not metric.startswith("eval/") or metric == "eval/":
-        refuse(key, "a metric of the evaluations, eval/NAME", metric, "such as eval/loss")
-
-
-class Stop(Section):
-    """When the run ends: at least one key is given, and whichever comes first counts.
-
-    With target or patience, and evaluations by steps or epochs, training waits for each evaluation, so that the run
-    ends at the same step every time.
-    """
-
-    epochs: Count | None = None
-    """Passes over the training data."""
-    steps: Count | None = None
-    """Global batches."""
-    seconds: Positive | None = None
-    """The first step that is committed so many seconds after the start of training is the last."""
-    target: Target | None = None
-    """Ends once an evaluation reaches it."""
-    patience: Patience | None = None
-    """Ends once so many evaluations in a row were no better than the best before."""
-
-    @property
-    def judges(self) -> bool:
-        """Whether evaluations decide when the run ends."""
-        return self.target is not None or self.patience is not None
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if all(value is None for _, value in self):
-            refuse("stop", "at least one of epochs, steps, seconds, target, patience", {}, "set stop.epochs=10")
         return self
 
 

@@ -12,6 +12,9 @@ Amount = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+ImportPath = Annotated[
+    str, Field(pattern=r"^[^:\s]+:[^:\s]+$", json_schema_extra={"expected": "text of the form module:name"})
+]
 
 
 class Section(BaseModel):
