@@ -198,7 +198,7 @@ class RayCluster:
                 life = self._actors[incarnation].run.remote(spec, peers)
             except (TypeError, pickle.PicklingError) as error:
                 do = "keep locks, files and connections out of the task object, or make them in its methods"
-                found = f"one that cannot: {str(error).splitlines()[0]}"
+                found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
                 raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
             self._running[life] = incarnation
 

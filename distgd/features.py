@@ -227,4 +227,4 @@ def _digest(text: str) -> int:
 
 def _all_missing(column: Column) -> BadInput:
     do = f"set data.features.{column.name}=drop, or correct data.csv.missing"
-    return BadInput.at(column.place(), "at least one value that is not missing", "none", do)
+    return BadInput.described(column.place(), "at least one value that is not missing", "none", do)

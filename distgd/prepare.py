@@ -85,7 +85,7 @@ def _steps(config: Config, order: Order) -> int:
 def _check_schedule(config: Config, steps: int) -> None:
     if steps == ENDLESS and config.schedule.steps is None and config.schedule.name in ("linear", "cosine", "one-cycle"):
         expected = f"a number of steps with schedule.name={config.schedule.name}, as neither stop.steps nor stop.epochs"
-        raise BadInput.at("schedule.steps", f"{expected} says how long the run is", None, "set schedule.steps")
+        raise BadInput.described("schedule.steps", f"{expected} says how long the run is", "null", "set schedule.steps")
 
 
 def _check_model(replica: Replica, config: Config) -> None:

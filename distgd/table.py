@@ -110,11 +110,14 @@ class CsvFile:
         said = str(error)
         if "Empty CSV" in said or "skip initial" in said:
             do = f"fill the file or correct {self.key}"
-            return BadInput.at(str(self.path), f"data below {self.skip_rows} lines to leave out", "too few lines", do)
+            expected = f"data below {self.skip_rows} lines to leave out"
+            return BadInput.described(str(self.path), expected, "too few lines", do)
         if "UTF8" in said:
             do = "convert it, for example with iconv -f latin1 -t utf-8"
-            return BadInput.at(f"{self.path}, line {self._undecodable()}", "UTF-8 text", "other bytes", do)
-        return self._ragged() or BadInput(f"{self.path}: expected a CSV file; {said}")
+            return BadInput.described(f"{self.path}, line {self._undecodable()}", "UTF-8 text", "other bytes", do)
+        return self._ragged() or BadInput.described(
+            str(self.path), "a CSV file", f"the error: {said}", "look at the file"
+        )
 
     def _ragged(self) -> BadInput | None:
         """The first row whose values are not as many as the names."""
@@ -190,7 +193,7 @@ class Table:
         """
         if name not in self.columns:
             do = "correct the name, or the names in the file or in data.csv.columns"
-            raise BadInput.at(str(self.file.path), f"a column {name}", self.names, do)
+            raise BadInput.described(str(self.file.path), f"a column {name}", self.names, do)
         return Column(name, self.columns[name], self)
 
     def take(self, rows: Indices) -> Table:

@@ -301,7 +301,9 @@ class _Run:
             elif isinstance(event, ev.ProcessFailed | ev.ProcessLost):
                 driver = Driver(self.cast, self.plan.assignment(), cluster.now())
                 finish = self._perform(cluster, driver.handle(source, event, cluster.now()))
-                raise finish.error if finish and finish.error else RunFailed(f"{self.cast.name(source)} did not start")
+                why = f": {event.why}" if isinstance(event, ev.ProcessLost) else ""
+                did_not = RunFailed(f"{self.cast.name(source)} did not start{why}")
+                raise finish.error if finish and finish.error else did_not
 
     def _listen(self, cluster: Cluster, driver: Driver) -> Finish:
         committed, since = 0, cluster.now()

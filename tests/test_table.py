@@ -131,7 +131,7 @@ def test_categories_are_places_in_a_list_of_values(path: Path) -> None:
 
 
 BAD: list[tuple[str | bytes, dict[str, Any], list[str]]] = [
-    ("", {}, ["rows.csv: expected data", "found 'too few lines'"]),
+    ("", {}, ["rows.csv: expected data", "found too few lines"]),
     ("\n\n", {}, ["rows.csv: expected data"]),
     ("x,y\n1,2\n", {"skip_rows": 9}, ["rows.csv: expected data below 9 lines to leave out"]),
     ("x,y\n", {}, ["rows.csv: expected at least one row of data, found 0"]),
@@ -166,8 +166,8 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_column_that_is_not_there_is_refused_with_those_that_are(path: Path) -> None:
-    with pytest.raises(BadInput, match=r"rows\.csv: expected a column z, found 'x, y'"):
+    with pytest.raises(BadInput, match=r"rows\.csv: expected a column z, found x, y"):
         read(path, "x,y\n1,2\n").column("z")
     wide = read(path, ",".join(f"c{place}" for place in range(100)) + "\n" + "1," * 99 + "1\n")
-    with pytest.raises(BadInput, match=r"c18, c19, ... 100 in all'"):
+    with pytest.raises(BadInput, match=r"c18, c19, ... 100 in all;"):
         wide.column("z")

@@ -64,7 +64,7 @@ def variants(modes: str | None, settings: Sequence[str]) -> list[Variant]:
     if modes is not None:
         axes.insert(0, _axis("--modes", f"{MODE}={modes}"))
     if not axes:
-        raise BadInput.at("compare", "--modes or --set", "neither", "such as --modes sync,bounded,async")
+        raise BadInput.described("compare", "--modes or --set", "neither", "such as --modes sync,bounded,async")
     keys = [axis.key for axis in axes]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise BadInput.at("--set", "each key once", twice[0], "list its values behind one --set")
@@ -89,7 +89,8 @@ def _axis(option: str, setting: str) -> Axis:
         )
     values = parse(f"[{text}]", f"{option} {key}")
     if not isinstance(values, list) or not values:
-        raise BadInput.at(f"{option} {key}", "one value or more, with commas between", text)
+        do = "such as optimizer.lr=0.1,0.01"
+        raise BadInput.at(f"{option} {key}", "one value or more, with commas between", text, do)
     written = [_written(value) for value in values]
     if twice := [value for value in written if written.count(value) > 1]:
         raise BadInput.at(f"{option} {key}", "different values", twice[0], "leave one of them out")

@@ -59,8 +59,8 @@ def _numbers(tensor: Tensor) -> Numbers:
 def difference(theirs: Glimpse, ours: Glimpse) -> str | None:
     """The first numbers of the first tensor that is another one here, in words; None where all are alike."""
     if len(theirs) != len(ours):
-        return f"{len(theirs)} tensors in a batch there, {len(ours)} here"
+        return f"{len(theirs)} tensors in a batch at the driver, {len(ours)} here"
     for place, (one, other) in enumerate(zip(theirs, ours, strict=True)):
         if not one.like(other):
-            return f"tensor {place} of sample 0 begins with {one} there, with {other} here"
+            return f"tensor {place} of sample 0 begins with {one} at the driver, with {other} here"
     return None

@@ -103,7 +103,8 @@ class Tabular:
         data = _sample(self.data) if self.data.path is None else self.data
         train, held_out = _tables(data)
         if data.target.column is None:
-            raise BadInput.at("data.target.column", f"the column to predict ({train.names})", None, "set data.target=")
+            expected = f"the column to predict ({train.names})"
+            raise BadInput.described("data.target.column", expected, "null", "set data.target=NAME")
         target = fit_target(train.column(data.target.column), data.target)
         features = Features.fit(_chosen(train, data, data.target.column))
         dtype = getattr(torch, self.dtype)
@@ -196,7 +197,7 @@ def _sample(data: Data) -> Data:
     """The section for scikit-learn's file, which begins with a line of counts and has no names."""
     for key, given in (("csv", data.csv != Csv()), ("held_out.path", data.held_out.path is not None)):
         if given:
-            raise BadInput.at(f"data.{key}", "nothing without data.path", "a value", "set data.path too")
+            raise BadInput.described(f"data.{key}", "nothing without data.path", "a value", "set data.path too")
     measures = (
         *("radius", "texture", "perimeter", "area", "smoothness"),
         *("compactness", "concavity", "concave points", "symmetry", "fractal dimension"),

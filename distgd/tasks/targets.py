@@ -138,7 +138,8 @@ def _kind(column: Column) -> str:
     numbers = column.numbers()
     if (numbers % 1 == 0)[~np.isnan(numbers)].all():
         do = "set data.target.kind=label to classify, data.target.kind=number for regression"
-        raise BadInput.at("data.target.kind", f"label or number, as {column.name} holds whole numbers", None, do)
+        expected = f"label or number, as {column.name} holds whole numbers"
+        raise BadInput.described("data.target.kind", expected, "null", do)
     return "number"
 
 
