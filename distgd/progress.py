@@ -151,9 +151,9 @@ def _clock(seconds: float) -> str:
 class _Pace:
     """Which events get a line of plain text.
 
-    The first step and the end always do, the last step never; an evaluation does if a `LINES`-th of the run has passed since the last line,
-    a step if two have, so that a run without evaluations is not silent. Where the number of steps is not known, the
-    run's length so far stands for it, and lines get rarer as it goes on.
+    The first step and the end always do, the last step never; an evaluation does if a `LINES`-th of the run has passed
+    since the last line, a step if two have, so that a run without evaluations is not silent. Where the number of steps
+    is not known, the run's length so far stands for it, and lines get rarer as it goes on.
     """
 
     def __init__(self, steps: int | None) -> None:

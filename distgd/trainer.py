@@ -176,16 +176,14 @@ def _in_active_run(config: Config) -> tuple[Config, str | None]:
     tracking, active = config.tracking, active_run()
     if active is None or tracking.uri == "none":
         return config, None
-    if "uri" not in tracking.model_fields_set:
-        experiment = tracking.experiment if "experiment" in tracking.model_fields_set else active.experiment
-        tracking = tracking.model_copy(update={"uri": active.uri, "experiment": experiment})
-        return config.model_copy(update={"tracking": tracking}), active.run_id
-    if absolute(tracking.uri) == active.uri:
-        return config, active.run_id
-    log.warning(
-        "MLflow: the active run is in %s, and tracking.uri is %s; it is no parent", active.uri, absolute(tracking.uri)
-    )
-    return config, None
+    given = tracking.model_fields_set
+    if "uri" in given and absolute(tracking.uri) != active.uri:
+        where = absolute(tracking.uri)
+        log.warning("MLflow: the active run is in %s, and tracking.uri is %s; it is no parent", active.uri, where)
+        return config, None
+    experiment = tracking.experiment if "experiment" in given else active.experiment
+    changed = tracking.model_copy(update={"uri": active.uri, "experiment": experiment})
+    return config.model_copy(update={"tracking": changed}), active.run_id
 
 
 def _absolute(config: Config) -> Config:

@@ -192,7 +192,7 @@ PICTURES = (
     Picture(
         "throughput.png",
         "Throughput",
-        "Samples applied a second over the last 20 steps, half a second at least, and the time from one commit to the next.",
+        "Samples applied a second over the last 20 steps, or half a second; and the time from one commit to the next.",
         "No step was committed.",
         throughput,
     ),
