@@ -147,7 +147,7 @@ def test_links_to_files_and_headings_lead_somewhere(page: Path) -> None:
 
 def test_arguments_names_and_class_mean_the_same(written: Callable[[str], None], train: Train) -> None:
     written("README.md")
-    script = runpy.run_path("line.py")["result"]
+    script = runpy.run_path("line.py")["run"]
     assert f"{script.metrics['eval/loss']:.4f}" == "0.0101"
     by_name = train("mine.yaml")
     by_path = train("mine.yaml", 'task={path: "line_task:Line", args: {samples: 1024}}')
