@@ -107,6 +107,17 @@ def _check_current_folder() -> None:
         raise BadInput.described("the current folder", "a folder that is there", found, "go to another one") from error
 
 
+def _check_temporary_folder() -> None:
+    """Without one, as on a machine that has no room at all, torch and Ray end with a traceback."""
+    import tempfile
+
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        do = "free some space, or set TMPDIR to another folder"
+        raise BadInput.described("TMPDIR", "a temporary folder that can be written", "none", do) from error
+
+
 def _told(code: int, status: str, message: str) -> tuple[int, Payload]:
     click.echo(f"distgd: {message}", err=True)
     return code, {"status": status, "error": message}
@@ -132,6 +143,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> Payload:
         distgd train configs/quickstart.yaml cluster.workers=4 optimizer.lr=0.01
     """  # noqa: D301 - click reads the control character
     settings, name = _load(config, overrides), Path(config).stem
+    _check_temporary_folder()
     return _plan(settings, name) if dry_run else _train(settings, name)
 
 
