@@ -40,7 +40,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     folder = tmp_path_factory.mktemp("r")
     before = os.environ.get("RAY_AUTH_TOKEN")
-    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # Ray remembers the one of an earlier run in this process
     ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder))
     yield
     assert ray.is_initialized(), "a run must leave a cluster up that it did not start"
