@@ -116,7 +116,7 @@ def test_bounded_has_a_staleness_and_the_others_have_none() -> None:
 @pytest.mark.parametrize(
     ("overrides", "device", "seconds"),
     [
-        ([], "cpu", 30.0),
+        ([], "cpu", 90.0),
         (["cluster.gpus=0.5", "cluster.address=auto"], "cuda", 600.0),
         (["cluster.device=cpu", "cluster.gpus=1", "cluster.start_timeout=7"], "cpu", 7.0),
     ],

@@ -162,7 +162,7 @@ class Cluster(Section):
     threads: Count = 1
     """Threads of a worker's torch; part of what decides the bits."""
     start_timeout: Positive | None = None
-    """Seconds that all processes have to start; null is 30 on this machine and 600 by address."""
+    """Seconds that all processes have to start; null is 90 on this machine and 600 by address."""
     deadline: Positive = 300.0
     """Seconds without a commit after which the run ends."""
 
@@ -177,7 +177,7 @@ class Cluster(Section):
     def start_seconds(self) -> float:
         """`start_timeout`, with null resolved."""
         if self.start_timeout is None:
-            return 30.0 if self.address is None else 600.0
+            return 90.0 if self.address is None else 600.0
         return self.start_timeout
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -179,7 +180,8 @@ def tune_sweeps(bench: Bench) -> Measured:
 @proof.row(">= 60 cases, all told with what was expected, found and to do; exit 1 or 2; nothing left behind")
 def bad_inputs_are_told(bench: Bench) -> Measured:
     """Every case of tests/bad_inputs.yaml ends as its line says."""
-    cases = yaml.safe_load((ROOT / "tests" / "bad_inputs.yaml").read_text(encoding="utf-8"))
+    listed = (ROOT / "tests" / "bad_inputs.yaml").read_text(encoding="utf-8")
+    cases = re.findall(r"^  - name: ", listed, re.MULTILINE)
     chosen = ["-k", "yaml"] if bench.quick else []
     with mock.patch.object(outside, "PATIENCE", 1800.0):
         ended = outside.run([sys.executable, "-m", "pytest", "-q", "tests/test_bad_inputs.py", *chosen], ROOT)
