@@ -110,8 +110,10 @@ class Driver:
 
     def stop(self, stop: Stop) -> list[Effect]:
         """End the run cleanly, as somebody outside asks for."""
-        self.stopped = self.stopped or self.ended is None
-        return self._end_early(f"stopped: {stop.why}")
+        before = self.ended
+        effects = self._end_early(f"stopped: {stop.why}")
+        self.stopped = self.stopped or self.ended is not before  # one that comes when the run is over changes nothing
+        return effects
 
     # Membership.
 

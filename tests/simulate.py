@@ -78,15 +78,18 @@ def run(
     effects = driver.start()
     try:
         while True:
-            todo = list(effects)
-            while todo:
+            todo, wanted = list(effects), None
+            while todo or wanted:
+                if not todo:  # as the trainer does: behind what was decided before
+                    todo, wanted = driver.stop(wanted), None
+                    continue
                 match todo.pop(0):
                     case ev.Send(to, message):
                         cluster.send(to, message)
                     case Log(event):
                         done.events.append(event)
                         if stop := on_event(event):
-                            todo = [*driver.stop(stop), *todo]
+                            wanted = stop
                     case Keep(best):
                         done.kept.append((best.step, weights.fingerprint(_state(plan, len(cast.shards), best.parts))))
                     case Account(line):

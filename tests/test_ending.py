@@ -153,3 +153,23 @@ def test_without_the_limit_training_runs_past_the_evaluation(monkeypatch: pytest
     done = run(stop=TARGET, eval={"every": {"steps": 4}}, on_event=at(59))
     first = next(e["step"] for e in done.events if e["event"] == "eval" and e["metrics"]["eval/loss"] <= 0.35)
     assert done.driver.tally.steps > first
+
+
+@pytest.mark.parametrize("best", [None, {"metric": "eval/loss"}])
+@pytest.mark.parametrize("rule", [{}, {"target": {"metric": "eval/loss", "at_most": 1e-9}}])
+def test_a_stop_at_any_event_ends_with_the_weights_of_its_step(best: Any, rule: dict[str, Any]) -> None:
+    """Also where the same event lets training go on: what was to come before the stop must not come after it."""
+    for nth in range(1, 14):
+        seen: list[str] = []
+
+        def watch(event: dict[str, Any], nth: int = nth, seen: list[str] = seen) -> Stop | None:
+            seen.append(event["event"])
+            return Stop("enough") if len(seen) == nth else None
+
+        done = run(stop={"steps": 12, **rule}, eval={"every": {"steps": 3}, "best": best}, on_event=watch)
+        steps = done.driver.tally.steps
+        assert done.error is None and whole_steps(done)
+        assert done.sha256 == run(stop={"steps": steps}).sha256, f"stopped at event {nth}"
+        assert {part.version for part in done.driver.final.values()} == {steps}
+        assert done.driver.stopped is (steps < 12 or done.driver.ended is not None)
+        assert [e["step"] for e in done.events if e["event"] == "eval"][-1] == steps
