@@ -195,7 +195,7 @@ def _show_result(result: Payload) -> None:
     )
     for name, value in sorted(result["metrics"].items()):
         if name.startswith(("train/", "eval/")):
-            click.echo(f"  {name:<20} {value:.4f}")
+            click.echo(f"  {name:<20} {float(value):.4f}")  # JSON has no NaN: it is text there
     click.echo(f"run folder  {folder}")
     if (folder / "model.safetensors").exists():
         click.echo(f"weights     {folder / 'model.safetensors'}")
