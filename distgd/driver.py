@@ -66,6 +66,7 @@ class Driver:
         self.finished = False
         self.steps = assignment.steps  # where the run ends; fewer once that is decided
         self.ended: str | None = None  # why it ends before the planned steps
+        self.timed = False  # whether the step at which it ends depends on how fast everybody was
         self.stopped = False  # whether that was asked for from outside
         self._workers = list(cast.workers)
         self._live = {ev.DRIVER, *cast.everybody}
@@ -279,7 +280,11 @@ class Driver:
         self.evaluations.evaluated(event.version, best)
         self._scored = self._scored or event.number == FINAL
         pulls = self._to_shards(ev.SnapshotPulled(self.cast.timeline, event.number)) if best else []
-        early = self._end_early(verdict.ends) if verdict.ends and event.number != FINAL else []
+        early = (
+            self._end_early(verdict.ends, timed=not self.assignment.waits)
+            if verdict.ends and event.number != FINAL
+            else []
+        )
         return [log, *pulls, *early, *([] if best else self._after_evaluation(now))]
 
     def _sent(self, part: ev.SnapshotSent, now: float) -> list[Effect]:
@@ -295,11 +300,11 @@ class Driver:
 
     # The end.
 
-    def _end_early(self, why: str) -> list[Effect]:
+    def _end_early(self, why: str, *, timed: bool = True) -> list[Effect]:
         """End with the steps that have been begun; in sync mode shard 0 says which ones these are."""
         if self.ended or self._over:
             return []
-        self.ended = why
+        self.ended, self.timed = why, timed
         if self.assignment.staged:
             return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))]
         self._ledger.steps = self._ledger.begun

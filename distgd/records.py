@@ -92,13 +92,13 @@ class Many:
 
     def __init__(self, *trackers: Tracker) -> None:
         self._trackers = trackers
-        self._failed: set[str] = set()
+        self._failed: set[int] = set()
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda tracker: tracker.start(info))
 
     def log(self, event: Event) -> None:
-        self._each(lambda tracker: tracker.log(event))
+        self._each(lambda tracker: tracker.log({**event, "metrics": dict(event["metrics"])}))  # each has its own
 
     def finish(self, end: RunEnd) -> None:
         self._each(lambda tracker: tracker.finish(end))
@@ -107,11 +107,10 @@ class Many:
         for tracker in self._trackers:
             try:
                 call(tracker)
-            except Exception as error:  # noqa: BLE001 - whatever it is, it must not reach training
-                name = type(tracker).__name__
-                if name not in self._failed:
-                    self._failed.add(name)
-                    log.warning("tracking with %s failed: %s; training goes on", name, error)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, it must not reach training
+                if id(tracker) not in self._failed:
+                    self._failed.add(id(tracker))
+                    log.warning("tracking with %s failed: %s; training goes on", type(tracker).__name__, error)
 
 
 class Jsonl:

@@ -9,7 +9,7 @@ The model's parameters are views of one flat vector on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 from typing import Any
@@ -97,6 +97,20 @@ class Blueprint:
         if differs := difference(self.glimpse, found.glimpse):
             do = "where data is random or listed, give it a seed or sort it, so that every process has the same"
             raise RunFailed(f"{key}: expected the driver's samples, found others: {differs}; {do}")
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """The batches of the held-out set, as often as they are asked for, and how many they are."""
+
+    length: int
+    begin: Callable[[], Iterator[tuple[Batch, int]]]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch, _ in self.begin())
 
 
 def _shapes(layout: Layout) -> list[tuple[Any, ...]]:
@@ -232,7 +246,7 @@ class Replica:
         own = getattr(self.task, "evaluate", None)
         if own is None or samples is not None:
             return means
-        batches = (batch for batch, _ in self._batches(source, batch_size, stop))
+        batches = _Passes(-(-stop // batch_size), lambda: self._batches(source, batch_size, stop))
         with blaming("task.evaluate", "evaluate(model, batches) to give numbers by name"):
             found = _numbers(own(self.model, batches))
         if taken := sorted(found.keys() & means.keys()):

@@ -94,7 +94,7 @@ def summarize(
         staleness=tally.staleness_quantiles() if tally else nothing,
         wall_s=time.time() - began,
         start_s=first_commit,
-        bits=plan.bits,
+        bits="not promised" if driver and driver.timed else plan.bits,
         weights_sha256=weights.fingerprint(state) if state else None,
         metrics=tally.metrics if tally else {},
         ended_by=_why(plan, driver, status),

@@ -304,7 +304,7 @@ class _Run:
                 raise finish.error if finish and finish.error else did_not
 
     def _listen(self, cluster: Cluster, driver: Driver) -> Finish:
-        committed, since = 0, cluster.now()
+        reached, since = (0, 0, -1), cluster.now()
         deadline = self.plan.config.cluster.deadline
         while True:
             arrived = cluster.receive(max(0.0, since + deadline - cluster.now()))
@@ -313,9 +313,9 @@ class _Run:
             finish = self._perform(cluster, driver.handle(*arrived, cluster.now()))
             if finish is not None:
                 return finish
-            done = driver.tally.versions + len(driver.final)
-            if done != committed or driver.tally.steps >= driver.steps:
-                committed, since = done, cluster.now()
+            done = (driver.tally.versions, len(driver.final), driver.evaluations.version)
+            if done != reached or driver.tally.steps >= driver.steps:
+                reached, since = done, cluster.now()
 
     def _stuck(self, cluster: Cluster, driver: Driver, seconds: float) -> DistgdError:
         """Ask everybody what they do, and make the error of it."""

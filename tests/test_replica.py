@@ -212,6 +212,7 @@ class TestEvaluate:
 
             def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
                 seen = [(model(batch[0]).flatten(), self.labels(batch)) for batch in batches]
+                assert len(batches) == len(seen) == len(list(batches)), "as often as one likes"
                 scores, labels = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
                 return {"auc": roc_auc_score(labels, scores), "seen": len(labels)}
 

@@ -347,3 +347,13 @@ def test_the_command_writes_the_page_again_and_prints_where(
     assert out.exists()
     assert main(["report", "nowhere"]) == 2
     assert "expected a run folder" in capsys.readouterr().err
+
+
+def test_values_at_the_end_of_what_a_float_holds_are_a_report_all_the_same(tmp_path: Path) -> None:
+    from distgd.report.drawing import save
+
+    def draw() -> Any:
+        raise OverflowError("cannot convert float infinity to integer")
+
+    assert not save(draw, tmp_path / "curve.png")
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -302,3 +303,33 @@ def test_a_run_in_another_store_is_no_child(tmp_path: Path, caplog: pytest.LogCa
         assert "mlflow.parentRunId" not in child.data.tags
     finally:
         mlflow.set_tracking_uri(before)
+
+
+@pytest.mark.parametrize(
+    ("stop", "every", "bits"),
+    [
+        ({"steps": 8}, {"steps": 4}, "promised"),
+        ({"steps": 90, "target": {"metric": "eval/accuracy", "at_least": 0.2}}, {"steps": 5}, "promised"),
+        ({"steps": 9000, "target": {"metric": "eval/accuracy", "at_least": 0.2}}, {"seconds": 0.01}, "not promised"),
+        ({"seconds": 0.02}, {"steps": 5}, "not promised"),
+    ],
+)
+def test_bits_are_promised_where_no_clock_decides_the_end(tmp_path: Path, stop: Any, every: Any, bits: str) -> None:
+    given = {**sections(tmp_path, task="digits", eval={"every": every}), "stop": stop}
+    assert distgd.train(given, "optimizer.lr=0.1").bits == bits
+
+
+class Vandal(Diary):
+    """Empties what it gets, and leaves."""
+
+    def log(self, event: Any) -> None:
+        event["metrics"].clear()
+        event.clear()
+        sys.exit(3)
+
+
+def test_a_tracker_can_neither_spoil_an_event_nor_end_a_run(tmp_path: Path) -> None:
+    result = distgd.train(sections(tmp_path, task="counting", stop={"steps": 2}), f"tracking.also=[{__name__}:Vandal]")
+    lines = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["step", "step", "end"]
+    assert all(json.loads(line)["metrics"] for line in lines)

@@ -30,6 +30,7 @@ from distgd.config import Config, Target, load
 from distgd.errors import BadInput, DistgdError, Interrupted
 from distgd.records import RunEnd, RunInfo
 from distgd.report.page import Table
+from distgd.runfolder import refused_by_disk
 from distgd.signals import interruptible
 from distgd.sources import undisturbed
 from distgd.tracking import parent_run
@@ -161,7 +162,10 @@ def run_comparison(comparison: Comparison, begin: Begin) -> Compared:
             for variant, config in comparison.configs.items():
                 outcomes.append(_run(variant, config, folder, comparison.target, begin))
                 del waiting[0]
-                page = write_comparison(folder, outcomes, comparison.target, comparison.clock, waiting)
+                try:
+                    page = write_comparison(folder, outcomes, comparison.target, comparison.clock, waiting)
+                except OSError as error:
+                    raise refused_by_disk(error, folder) or error from error
                 compared = Compared(folder, page, outcomes, comparison, parent.run_id)
                 parent.end = RunEnd(_status(outcomes), compared.counts, page.parent)
                 if isinstance(outcomes[-1].error, Interrupted):

@@ -164,7 +164,7 @@ class Cluster(Section):
     start_timeout: Positive | None = None
     """Seconds that all processes have to start; null is 90 on this machine and 600 by address."""
     deadline: Positive = 300.0
-    """Seconds without a commit after which the run ends."""
+    """Seconds without a commit and without an evaluation after which the run ends: longer than any one takes."""
 
     @property
     def compute_device(self) -> Literal["cpu", "cuda"]:

@@ -100,11 +100,6 @@ class Stop(Section):
     patience: Patience | None = None
     """Ends once so many evaluations in a row were no better than the best before."""
 
-    @property
-    def judges(self) -> bool:
-        """Whether evaluations decide when the run ends."""
-        return self.target is not None or self.patience is not None
-
     @model_validator(mode="after")
     def _some(self) -> Self:
         if all(value is None for _, value in self):

@@ -6,6 +6,7 @@ differ in marker or line as well. The only file that imports matplotlib, when so
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from distgd.report.curves import Curve, Place, running_mean
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
+
+log = logging.getLogger("distgd.report")
 
 BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 SKY, YELLOW, BLACK = "#56B4E9", "#E69F00", "#000000"
@@ -51,9 +54,15 @@ def save(draw: Callable[[], Figure | None], out: Path) -> bool:
 
     with matplotlib.style.context("default", after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script that the font lacks
-        figure = draw()
-        if figure is not None:
-            figure.savefig(out, dpi=DPI)
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # values near the end of what a float can hold
+        try:
+            figure = draw()
+            if figure is not None:
+                figure.savefig(out, dpi=DPI)
+        except (ArithmeticError, ValueError) as error:  # LinAlgError among them: the axis has no place for such values
+            log.warning("%s could not be drawn: %s", out.name, error)
+            out.unlink(missing_ok=True)
+            return False
     return figure is not None
 
 

@@ -44,8 +44,8 @@ CLIENT_SETTINGS = {
 COMPARED = ("wall_s", "start_s", "samples_per_s")
 """Numbers of a result by which runs are compared, as metrics; all others are tags."""
 
-TOLD = ("run_id", "bits")
-"""Tags of the run from its start."""
+TOLD = ("run_id",)
+"""Tags of the run from its start. What is said of the bits may change with the end."""
 
 REFUSED = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_DOES_NOT_EXIST"}
 
