@@ -43,6 +43,10 @@ class Column(Protocol):
     def place(self, row: int | None = None) -> str: ...
 
 
+MIXED = 10
+"""Of so many different values at most one is a word: the column is of numbers, and the word no category."""
+
+
 @dataclass(frozen=True)
 class Standard:
     """Mean and standard deviation (of the population) of numbers; a constant has the deviation 0."""
@@ -212,7 +216,29 @@ def _fit(column: Column, said: Feature) -> Fitted:
         return Hashed(said.buckets or BUCKETS)
     if said.kind == "numeric" or (said.kind == "auto" and column.is_numeric):
         return Numeric.fit(column, said)
+    if said.kind == "auto":
+        _refuse_mixed(column)
     return Categorical.fit(column, said)
+
+
+def _refuse_mixed(column: Column) -> None:
+    """A column of numbers with a few words in it: a marker of missing values, most likely, and no category."""
+    codes, texts = column.categories()
+    words = [text for text in texts if not _is_number(text)]
+    if len(texts) < MIXED or len(words) > len(texts) / MIXED:
+        return
+    row = int(np.flatnonzero(np.isin(codes, [texts.index(word) for word in words]))[0])
+    word = texts[codes[row]]
+    do = f"add it to data.csv.missing if it stands for none, or say kind: categorical or numeric for {column.name}"
+    raise BadInput.at(column.place(row), "a number, as nearly all other values of the column are", word, do)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _looked_up(codes: Array, indices: Sequence[int]) -> Array:
@@ -226,5 +252,5 @@ def _digest(text: str) -> int:
 
 
 def _all_missing(column: Column) -> BadInput:
-    do = f"set data.features.{column.name}=drop, or correct data.csv.missing"
+    do = f'say {{"{column.name}": drop, "*": auto}} under data.features, or correct data.csv.missing'
     return BadInput.described(column.place(), "at least one value that is not missing", "none", do)

@@ -16,6 +16,7 @@ from distgd.config import Csv, Feature
 from distgd.errors import BadInput
 from distgd.features import BUCKETS, MOST_SEEN, Categorical, Features, Hashed, Numeric, Standard
 from distgd.table import Column, CsvFile, Table
+from distgd.tasks.targets import Labels
 
 
 @pytest.fixture(scope="module")
@@ -153,5 +154,25 @@ def test_columns_that_cannot_be_used_as_is_said_are_refused(folder: Path) -> Non
         Features.fit([(column(folder, 1, "old"), Feature(kind="numeric"))])
     for kind in ("auto", "numeric", "categorical"):
         said = Feature.model_validate({"kind": kind})
-        with pytest.raises(BadInput, match=r"column x: expected at least one value.*found none; set data.features.x"):
+        with pytest.raises(
+            BadInput, match=r"column x: expected at least one value.*found none; say \{\"x\": drop, \"\*\": auto\}"
+        ):
             Features.fit([(column(folder, None, None), said)])
+
+
+def test_a_word_among_numbers_is_no_category_unless_it_is_said(folder: Path) -> None:
+    mixed = column(folder, *range(1, 15), "NA", 15.5)
+    with pytest.raises(BadInput, match=r"line 16.*expected a number, as nearly all .* found 'NA'; add it to data\.csv"):
+        Features.fit([(mixed, Feature(kind="auto"))])
+    said = Features.fit([(mixed, Feature(kind="categorical"))])
+    assert said.encode({"x": mixed}).shape == (16, 1)
+    few = column(folder, "1", "2", "3+", "2")
+    assert Features.fit([(few, Feature(kind="auto"))]).sizes, "few values are categories"
+
+
+@pytest.mark.parametrize(
+    ("values", "order"),
+    [(["-1", "10", "9.5", "0"], ("-1", "0", "9.5", "10")), (["b", "10", "9"], ("10", "9", "b"))],
+)
+def test_labels_that_are_numbers_go_by_their_numbers(folder: Path, values: list[str], order: tuple[str, ...]) -> None:
+    assert Labels.fit(column(folder, *values), "").names == order

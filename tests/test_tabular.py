@@ -217,7 +217,12 @@ BAD: list[tuple[tuple[str, ...], tuple[str, ...], dict[str, Any], list[str]]] = 
     (TRAIN, (), {"features": {"*": "drop"}}, ["data.features: expected at least one column beside the target"]),
     (TRAIN[:2], (), {}, ["train.csv: expected more rows than the 1 that are held out, found 1"]),
     (("x,y", "1,?", "2,yes", "3,no"), TRAIN, {}, ["train.csv, line 2, column y: expected a value to predict"]),
-    (("x,y", "?,no", "?,yes"), TRAIN, {}, ["train.csv, column x: expected at least one value", "x=drop"]),
+    (
+        ("x,y", "?,no", "?,yes"),
+        TRAIN,
+        {},
+        ["train.csv, column x: expected at least one value", '{"x": drop, "*": auto}'],
+    ),
     (("x,y", "1,no", "2,no"), TRAIN, {}, ["train.csv, column y: expected two labels or more, found ['no']"]),
     (("x,y", "1,0", "2,1"), TRAIN, {}, ["data.target.kind: expected label or number", "y holds whole numbers"]),
     (("x,y", "1,.5", "2,.5"), TRAIN, {}, ["train.csv, column y: expected numbers that differ, found 0.5"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
@@ -34,9 +35,9 @@ class Labels:
         """
         codes, texts = column.categories()
         _refuse_missing(column, codes < 0)
-        names = sorted({text.rstrip(trim) for text in texts}, key=lambda name: (len(name), name))
-        if not column.is_numeric:
-            names.sort()
+        names = sorted({text.rstrip(trim) for text in texts})
+        if column.is_numeric:
+            names.sort(key=_number)
         if len(names) < 2:
             raise BadInput.at(column.place(), "two labels or more", names, "correct data.target or the file")
         return cls(column.name, trim, tuple(names))
@@ -58,7 +59,10 @@ class Labels:
         found = np.array([places.get(text.rstrip(self.trim), -1) for text in texts], dtype=np.int64)[codes]
         if (found < 0).any():
             row = int((found < 0).argmax())
-            do = "correct the file, or set data.target.trim to what its labels end in"
+            do = (
+                "correct the file; or set data.target.trim to what its labels end in, or, for a rare label of a share, "
+                "another data.held_out.seed"
+            )
             _refuse(column, row, f"a label of the training rows ({', '.join(self.names)})", do)
         return torch.from_numpy(found)
 
@@ -147,6 +151,14 @@ def _numbers(column: Column) -> Array:
     numbers = column.numbers()
     _refuse_missing(column, np.isnan(numbers))
     return numbers
+
+
+def _number(name: str) -> float:
+    """A label's number; one that trimming has left without one comes last."""
+    try:
+        return float(name)
+    except ValueError:
+        return math.inf
 
 
 def _refuse_missing(column: Column, missing: Array) -> None:
