@@ -105,10 +105,9 @@ class Judge:
     def _reached(self, metrics: Mapping[str, float]) -> str | None:
         if self.target is None:
             return None
-        value, low, high = metrics[self.target.metric], self.target.at_least, self.target.at_most
-        reached = value >= low if low is not None else high is not None and value <= high
-        limit = f">= {low:g}" if low is not None else f"<= {high:g}"
-        return f"stop.target: {self.target.metric} {value:.6g} {limit}" if reached else None
+        value, low = metrics[self.target.metric], self.target.at_least
+        limit = f">= {low:g}" if low is not None else f"<= {self.target.at_most:g}"
+        return f"stop.target: {self.target.metric} {value:.6g} {limit}" if self.target.met_by(value) else None
 
     def _waited(self) -> str | None:
         if self.patience is None:

@@ -16,7 +16,7 @@ import pytest
 import distgd
 from distgd.cli import main
 from distgd.compare import Compared, Variant, plan_comparison, run_comparison
-from distgd.compare.outcome import meets, outcome
+from distgd.compare.outcome import outcome
 from distgd.compare.variants import target, variants
 from distgd.config import Target, load
 from distgd.errors import BadInput, Interrupted
@@ -258,9 +258,8 @@ def test_the_target_counts_at_the_step_that_was_evaluated(tmp_path: Path) -> Non
 
 def test_a_value_that_is_not_a_number_reaches_nothing() -> None:
     for limit in ({"at_least": -1e9}, {"at_most": 1e9}):
-        assert not meets(Target(metric="eval/loss", **limit), {"eval/loss": float("nan")})
-        assert not meets(Target(metric="eval/loss", **limit), {"eval/other": 0.0})
-        assert meets(Target(metric="eval/loss", **limit), {"eval/loss": 0.0})
+        assert not Target(metric="eval/loss", **limit).met_by(float("nan"))
+        assert Target(metric="eval/loss", **limit).met_by(0.0)
 
 
 def test_targets_are_read_as_they_are_written() -> None:
@@ -344,3 +343,11 @@ def test_ray_is_started_once_and_ended() -> None:
     assert not ray.is_initialized()
     first, second = rows(compared)[:2]
     assert first["weights_sha256"] == second["weights_sha256"], "sync: the same bits for 1 and 3 workers"
+
+
+def test_where_nothing_is_evaluated_the_training_loss_is_compared(tmp_path: Path) -> None:
+    (variant,) = variants("sync", [])
+    result = {"status": "completed", "metrics": {"train/loss": 0.25, "lr": 0.1}}
+    assert outcome(variant, None, result, None).evaluated == {"train/loss": 0.25}
+    result["metrics"] |= {"eval/loss": 0.5}
+    assert outcome(variant, None, result, None).evaluated == {"eval/loss": 0.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,11 @@ class Outcome:
 
     @property
     def evaluated(self) -> dict[str, float]:
-        """The last value of each metric of an evaluation."""
-        return {k: v for k, v in self.result.get("metrics", {}).items() if k.startswith("eval/")}
+        """The last value of each metric of an evaluation; of the training loss where there was none."""
+        last = self.result.get("metrics", {})
+        return {k: v for k, v in last.items() if k.startswith("eval/")} or {
+            k: v for k, v in last.items() if k == "train/loss"
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """The outcome for JSON."""
@@ -67,7 +71,7 @@ def outcome(variant: Variant, error: DistgdError | None, result: Mapping[str, An
     for place, metrics in _points(Path(folder)) if folder else ():
         for name, value in metrics.items():
             curves.setdefault(name, Curve()).add(place, value)
-        if reached is None and target is not None and meets(target, metrics):
+        if reached is None and target is not None and target.met_by(metrics.get(target.metric, nan)):
             reached = place
     status = error.status if error is not None else str(result["status"])
     return Outcome(variant, status, error, result, curves, reached)
@@ -86,15 +90,3 @@ def _points(run_dir: Path) -> Iterator[tuple[Place, dict[str, float]]]:
         if kind in ("step", "eval"):
             wanted = {k: float(v) for k, v in event["metrics"].items() if k == "train/loss" or k.startswith("eval/")}
             yield Place(step, samples[min(step, len(samples) - 1)], event["seconds"]), wanted
-
-
-def meets(target: Target, metrics: Mapping[str, float]) -> bool:
-    """Whether an evaluation is good enough; a NaN is not.
-
-    >>> meets(Target(metric="eval/loss", at_most=0.5), {"eval/loss": 0.4})
-    True
-    """
-    value = metrics.get(target.metric)
-    if value is None:
-        return False
-    return value >= target.at_least if target.at_least is not None else value <= (target.at_most or 0.0)

@@ -28,6 +28,16 @@ class Target(Section):
             refuse("stop.target", "exactly one of at_least, at_most", found, do)
         return self
 
+    def met_by(self, value: float) -> bool:
+        """Whether a value is good enough; a NaN never is.
+
+        >>> Target(metric="eval/loss", at_most=0.5).met_by(0.4)
+        True
+        """
+        if self.at_least is not None:
+            return value >= self.at_least
+        return self.at_most is not None and value <= self.at_most
+
 
 class Patience(Section):
     """How long a metric may go without getting better."""
@@ -94,7 +104,7 @@ class Stop(Section):
     steps: Count | None = None
     """Global batches."""
     seconds: Positive | None = None
-    """The first step that is committed so many seconds after the start of training is the last."""
+    """The first step that is committed so many seconds after the start of training is the last; virtual in process."""
     target: Target | None = None
     """Ends once an evaluation reaches it."""
     patience: Patience | None = None
