@@ -344,6 +344,8 @@ def _differentiate(loss: Tensor) -> None:
 
 def _weighted(name: str, value: object, samples: int) -> tuple[float, float]:
     """A metric's sum and the numbers in it, from a tensor with a row a sample or a mean."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(value)
     if isinstance(value, Tensor) and value.numel() > 1 and len(value) == samples:
         return float(value.double().sum()), float(value.numel())
     number = _float(value)

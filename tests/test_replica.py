@@ -228,6 +228,14 @@ class TestEvaluate:
         assert found["seen"] == 30
         assert "auc" not in replica.evaluate(replica.train_source(), size, samples=4), "it is to see the whole set"
 
+    def test_a_metric_may_be_a_numpy_array(self) -> None:
+        class Numpy(Line):
+            def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Any]:
+                return {name: np.asarray(value) for name, value in super().metrics(model, batch).items()}
+
+        replicas = [Replica(task, seed=3) for task in (Line(), Numpy())]
+        assert len({tuple(r.evaluate(r.train_source(), 7).items()) for r in replicas}) == 1
+
     def test_it_takes_no_chance_and_leaves_buffers_as_they_are(self) -> None:
         class Quiet(Noisy):
             def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
