@@ -178,19 +178,22 @@ class Plan:
                 self.quorum,
             )
         if cast.evaluator is not None and self.held_out is not None:
-            specs[cast.evaluator] = EvaluatorSpec(
-                rules,
-                cast.evaluator,
-                slices,
-                self.held_out,
-                self.task,
-                config.run.seed,
-                frozen,
-                "cuda" if config.eval.gpus else "cpu",
-                config.cluster.threads,
-                max(EVAL_BATCH, -(-self.order.batch // self.order.slots)),
-            )
+            specs[cast.evaluator] = self._evaluator(cast.evaluator, rules, self.held_out)
         return specs
+
+    def _evaluator(self, incarnation: int, rules: ShardRules, held_out: Blueprint) -> EvaluatorSpec:
+        return EvaluatorSpec(
+            rules,
+            incarnation,
+            self.layout.slices(len(rules.incarnations)),
+            held_out,
+            self.task,
+            self.config.run.seed,
+            self.replica.frozen(),
+            "cuda" if self.config.eval.gpus else "cpu",
+            self.config.cluster.threads,
+            max(EVAL_BATCH, -(-self.order.batch // self.order.slots)),
+        )
 
     # In words.
 

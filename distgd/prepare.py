@@ -161,7 +161,7 @@ def _try_evaluation(replica: Replica, config: Config) -> Blueprint | None:
         return None
     with blaming("task.eval_data", "data that can be opened"):
         source = replica.eval_source()
-    with blaming("task.eval_data", "samples that loss and metrics take"):
+    with blaming("task", "loss and metrics to take samples of eval_data"):
         found = replica.evaluate(source, TRIAL, samples=TRIAL)
     if not hasattr(replica.task, "evaluate"):  # what that one returns is known once it has seen the whole set
         judge.check({f"eval/{name}": value for name, value in found.items()})

@@ -349,6 +349,7 @@ class _Run:
                     stop = told if isinstance(told, Stop) else stop
                 case Keep(best):
                     weights.save(self._state_of(best.parts), self.run_dir / "best.safetensors")
+                    best.parts.clear()
                 case Account(line):
                     self.ledger.write(json.dumps(line) + "\n")
                 case Finish():

@@ -246,7 +246,7 @@ class NotANumber(Smooth):
     [
         (Complex(), r"task\.model: phase: expected a tensor of a plain dtype, found torch\.complex64"),
         (WithExtra(), r"task\.model: 0\._extra_state: expected a tensor of a plain dtype, found dict"),
-        (Typo(), r"(?s)task.eval_data: expected samples that loss and metrics take.*no_such_thing.*test_mistakes\.py"),
+        (Typo(), r"(?s)task: expected loss and metrics to take samples of eval_data.*no_such_thing.*test_mistakes\.py"),
         (ZeroGrad(), r"task\.loss: expected a loss that leaves gradients alone"),
         (NotANumber(), r"task\.model: expected finite initial weights, found NaN or infinity in 0\.weight"),
     ],
