@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from distgd import events as ev
@@ -16,6 +17,7 @@ from distgd.layout import Slice
 from distgd.replica import Array, Replica
 from distgd.shard import ShardRules
 from distgd.sources import Source, open_source
+from distgd.transport.segments import Allocate
 from distgd.worker import TaskSource
 
 
@@ -35,7 +37,7 @@ class EvaluatorSpec:
 
     role = "evaluator"
 
-    def build(self, clock: Callable[[], float]) -> Evaluator:
+    def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Evaluator:
         """Build model and evaluation data."""
         torch.set_num_threads(self.threads)
         task = self.task.load()

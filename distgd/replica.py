@@ -13,6 +13,7 @@ import sysconfig
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from torch import Tensor, nn
 from distgd import tasks
 from distgd.errors import BadInput
 from distgd.events import SlotStats
-from distgd.layout import BufferLayout, Layout, Slice, block_squares, squared_norm
+from distgd.layout import BufferLayout, Layout, Slice, squared, tensor_of, trainable
 from distgd.optim import clip_scale
 from distgd.sources import Order, Source, count, open_source, seed_everything, slot_seed, to_device
+from distgd.transport.segments import Window
 
 Array = np.ndarray[Any, Any]
+
+BLOCK = 1 << 17
+"""Elements that are read twice at a time: the second time they come from the cache."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,85 @@ class SlotGradient:
     def empty(cls, slot: int, samples: int = 0) -> SlotGradient:
         """A slot that adds nothing: no samples in it, or none that has a weight."""
         return cls(SlotStats(slot, samples, 0.0, 0.0, 0.0, 0.0), bad=False, buffers=None)
+
+
+class GradientTaker:
+    """Moves each gradient to its place in a flat vector as soon as autograd has it, scaled on the way.
+
+    So there is one pass over a gradient after the one that made it, nothing is set to zero before, and autograd's own
+    memory for it is free again before the next one is made. Gradients of a parameter that autograd finishes twice, as
+    under reentrant checkpointing, are added.
+    """
+
+    def __init__(self, layout: Layout, model: nn.Module) -> None:
+        self._entries = {e.name: e for e in layout.entries}
+        self._parameters = trainable(model)
+        self._out: Tensor | None = None
+        self._scale = 1.0
+        self._squares: dict[str, float] = {}
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._parameters.items()
+        ]
+
+    def backward(self, loss: Tensor, out: Tensor, scale: float) -> float:
+        """Write `scale` times the gradient of `loss` to `out` (flat, CPU); return the square of the result's norm.
+
+        A parameter that the loss does not use has a zero gradient.
+
+        Raises:
+            BadInput: the loss has set gradients itself.
+        """
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                raise self._meddled(name)
+        self._out, self._scale, self._squares = out, scale, {}
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._out = None
+        for name in self._parameters.keys() - self._squares.keys():
+            self._place(name, out).zero_()
+        return sum(self._squares.get(name, 0.0) for name in self._parameters)
+
+    def leave(self) -> None:
+        """Let the model's gradients be as torch has them."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        if self._out is None:
+            raise self._meddled(name)
+        assert grad is not None
+        place, grad = self._place(name, self._out), grad.reshape(-1)
+        if name in self._squares:
+            place.add_(grad.cpu(), alpha=self._scale)
+            self._squares[name] = squared(place)
+        else:
+            self._squares[name] = _scaled(grad, self._scale, place)
+
+    def _place(self, name: str, out: Tensor) -> Tensor:
+        entry = self._entries[name]
+        return out[entry.start : entry.start + entry.size]
+
+    @staticmethod
+    def _meddled(name: str) -> BadInput:
+        do = "leave .grad, backward() and zero_grad() to the run"
+        return BadInput.at("task.loss", "a loss that leaves gradients alone", f"another .grad of {name}", do)
+
+
+def _scaled(grad: Tensor, scale: float, out: Tensor) -> float:
+    """Write `scale` times `grad` to `out`, and return the sum of its squares, while each block is in the cache."""
+    if grad.device != out.device:
+        out.copy_(grad)
+        grad = out
+    total = 0.0
+    for first in range(0, out.numel(), BLOCK):
+        block = out[first : first + BLOCK]
+        torch.mul(grad[first : first + BLOCK], scale, out=block)
+        total += squared(block)
+    return total
 
 
 class Replica:
@@ -71,25 +155,37 @@ class Replica:
                 parameter.data.copy_(torch.from_numpy(frozen[name]))
         self.layout = Layout.of_model(self.model)
         self.model.to(self.device)
-        self.flat = self.layout.flatten(dict(self.model.named_parameters())).to(self.device)
+        self._window = Window(self.layout.size * self.layout.itemsize)
+        self.flat = torch.from_numpy(self._window.memory).view(self.layout.torch_dtype).to(self.device)
+        self.layout.flatten(dict(self.model.named_parameters()), self.flat)
         self.layout.adopt(self.model, self.flat)
         self.buffer_layout = BufferLayout.of_model(self.model)
         self.buffers = self.buffer_layout.pack(self.model)  # their committed value
-        self._grad = torch.zeros_like(self.flat) if self.device.type != "cpu" else None
+        self._taker = GradientTaker(self.layout, self.model)
 
     def frozen(self) -> dict[str, Array]:
         """Values of the parameters that take no gradient, by name."""
         return {n: p.detach().cpu().numpy().copy() for n, p in self.model.named_parameters() if not p.requires_grad}
 
-    def install(self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None) -> None:
-        """Copy every shard's slice (by the shard's index) into the parameters; `buffers` become the committed ones."""
+    def install(
+        self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None, *, shared: bool = False
+    ) -> None:
+        """Make every shard's slice (by the shard's index) the parameters'; `buffers` become the committed ones.
+
+        Args:
+            shared: parameters may be views of a shard's own memory, which changes when it applies a step; else, and
+                where they cannot be, slices are copied.
+        """
         for part in slices:
-            self.flat[part.start : part.stop].copy_(torch.from_numpy(weights[part.index]))
+            array = weights[part.index]
+            views = shared and self.device.type == "cpu"
+            if not (views and self._window.show(part.start * self.layout.itemsize, array)):
+                self.flat[part.start : part.stop].copy_(tensor_of(array))
         if buffers is not None:
             self.buffers = buffers
 
     def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
-        """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU).
+        """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU, zeros between tensors).
 
         An empty slot has weight 0, and so has one whose loss says so, whatever its value; neither counts for the step.
         `stats.seconds` is left 0.
@@ -104,35 +200,19 @@ class Replica:
         self.buffer_layout.unpack(self.buffers, self.model)
         seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
         self.model.train()
-        grad = out if self._grad is None else self._grad
-        loss, weight = self._backward(batch, grad)
+        loss, weight = self._loss(batch)
         if weight == 0.0:
             return SlotGradient.empty(slot, count(batch))
-        if grad is not out:
-            out.copy_(grad)
-        square = squared_norm(block_squares(out))
+        square = self._taker.backward(loss, out, weight if self.clip is None else 1.0)
         if self.clip is not None:
-            out.mul_(clip_scale(square, self.clip))
-        out.mul_(weight)
+            out.mul_(clip_scale(square, self.clip)).mul_(weight)
+        else:
+            square /= weight * weight
         packed = self.buffer_layout.pack(self.model)
         changed = packed if not np.array_equal(packed, self.buffers) else None
-        stats = SlotStats(slot, count(batch), weight, loss, square, 0.0)
+        stats = SlotStats(slot, count(batch), weight, float(loss.detach()), square, 0.0)
         fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
-        return SlotGradient(stats, bad=not (fits and isfinite(loss)), buffers=changed)
-
-    def _backward(self, batch: Any, grad: Tensor) -> tuple[float, float]:
-        grad.zero_()
-        views = self.layout.views(grad)
-        for name, parameter in self.model.named_parameters():
-            if name in views:
-                parameter.grad = views[name]
-        loss, weight = self._loss(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        for name, parameter in self.model.named_parameters():
-            if name in views and parameter.grad is not views[name]:
-                do = "leave .grad and zero_grad() to the run"
-                raise BadInput.at("task.loss", "a loss that leaves gradients alone", f"another .grad of {name}", do)
-        return float(loss.detach()), weight
+        return SlotGradient(stats, bad=not (fits and isfinite(stats.loss)), buffers=changed)
 
     def _loss(self, batch: Any) -> tuple[Tensor, float]:
         answer = self.task.loss(self.model, batch)
@@ -175,9 +255,9 @@ class Replica:
 
     def plain_model(self) -> nn.Module:
         """The model with memory of its own for every parameter, on the CPU; this replica is of no use afterwards."""
+        self._taker.leave()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.cpu().clone()
-            parameter.grad = None
         return self.model.cpu()
 
     def train_source(self) -> Source:

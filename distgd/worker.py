@@ -28,6 +28,7 @@ from distgd.replica import Replica, SlotGradient
 from distgd.shard import ShardRules
 from distgd.sources import Order
 from distgd.tasks import Task, load
+from distgd.transport.segments import Allocate
 
 Array = np.ndarray[Any, Any]
 
@@ -64,7 +65,7 @@ class WorkerSpec:
 
     role = "worker"
 
-    def build(self, clock: Callable[[], float]) -> Worker:
+    def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Worker:
         """Build model and data, and check that they are those of the driver.
 
         Raises:
@@ -88,7 +89,7 @@ class WorkerSpec:
                 f"train_data: expected the driver's {self.order.samples} samples, found {len(source)} here; "
                 "every machine must read the same data"
             )
-        return Worker(self, replica, source, clock)
+        return Worker(self, replica, source, clock, allocate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +123,11 @@ class Reading:
 class Worker:
     """The state machine; `perform` computes a slot."""
 
-    def __init__(self, spec: WorkerSpec, replica: Replica, source: Any, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, spec: WorkerSpec, replica: Replica, source: Any, clock: Callable[[], float], allocate: Allocate
+    ) -> None:
         self.spec = spec
+        self._allocate = allocate
         self.replica = replica
         self._source = source
         self._clock = clock
@@ -179,17 +183,22 @@ class Worker:
         return ev.PullRequested(self._timeline, at_least, self._buffers_version, lease, step, slot)
 
     def install(self, have: dict[int, ev.WeightsSent]) -> None:
-        """Copy every shard's slice, and newer buffers, into the replica."""
+        """Make every shard's slice the replica's, and newer buffers.
+
+        Where a step needs every slot nobody computes while shards apply, so that the shards' own memory may be read.
+        """
         began = self._clock()
         self._times["wait"] = began - self._pushed_at if self._pushed_at else 0.0
         weights = {shard: sent.weights for shard, sent in have.items()}
-        self.replica.install(self.spec.slices, weights, have[0].buffers)
+        shared = self.spec.rules.staged and self.spec.quorum == self.spec.rules.slots
+        self.replica.install(self.spec.slices, weights, have[0].buffers, shared=shared)
         self._buffers_version = max(self._buffers_version, have[0].buffers_version)
         self._times["pull"] = self._clock() - began
 
     def compute(self, step: int, slot: int) -> ev.Compute:
         """Start on a slot."""
-        out = self._pool.pop() if self._pool else self.spec.layout.zeros()
+        layout = self.spec.layout
+        out = self._pool.pop() if self._pool else torch.from_numpy(self._allocate(layout.size, layout.dtype))
         return ev.Compute(SlotWork(self._token, step, slot, out))
 
     def abandon(self) -> None:

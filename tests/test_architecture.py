@@ -29,7 +29,7 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics shard",  # pure: decide, never act
+            "layout optim policy ledger reduce codecs faults diagnostics staging shard",  # pure: decide, never act
             "wire transport tasks sources checkpoint records tracking progress report weights",  # doors to the outside
             "server worker evaluator driver replica tally",  # actors, as plain classes
             "cluster inprocess",  # the engine
