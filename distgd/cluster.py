@@ -154,7 +154,9 @@ class RayCluster:
     Args:
         resources: by role.
         start_seconds: how long all processes may take to start.
-        max_bytes: the largest array in a message.
+        max_bytes: the largest array in a message between machines.
+        rest: seconds that the driver sleeps before it looks for messages again, so that it is not woken by each one
+            where nobody waits for its answer.
 
     Raises:
         DeadlineExceeded: not everybody was placed and started in time; says what was asked and what each node has.
@@ -162,11 +164,17 @@ class RayCluster:
     """
 
     def __init__(
-        self, address: str | None, resources: Mapping[str, Resources], start_seconds: float, max_bytes: int
+        self,
+        address: str | None,
+        resources: Mapping[str, Resources],
+        start_seconds: float,
+        max_bytes: int,
+        rest: float = 0.0,
     ) -> None:
         self._resources = resources
         self._start_seconds = start_seconds
         self._max_bytes = max_bytes + MESSAGE_SLACK
+        self._rest, self._rested = rest, True
         self._address = address
         self._secret = secrets.token_bytes(32)
         self._running: dict[Any, int] = {}  # the call that is a process's life -> incarnation
@@ -249,6 +257,7 @@ class RayCluster:
                     include_dashboard=False,
                     object_store_memory=max(128 << 20, 4 * self._max_bytes),
                     _temp_dir=str(self._private),
+                    _system_config={"worker_niceness": 0},  # Ray makes actors give way to whatever else runs here
                     **QUIET,
                 )
             except Exception as error:
@@ -305,9 +314,14 @@ class RayCluster:
         while True:
             if self.now() >= self._looked + POLL:
                 self._look()
-            arrived = self._endpoint.receive(max(0.0, min(POLL, until - self.now())))
+            arrived = self._endpoint.receive(0.0 if not self._rested else max(0.0, min(POLL, until - self.now())))
             if arrived is not None:
+                self._rested = self._rest == 0.0
                 return arrived
+            if not self._rested:
+                time.sleep(self._rest)
+                self._rested = True
+                continue
             if self._gone:
                 return self._gone.popleft()
             if self.now() >= until:

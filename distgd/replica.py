@@ -34,6 +34,8 @@ Array = np.ndarray[Any, Any]
 
 BLOCK = 1 << 17
 """Elements that are read twice at a time: the second time they come from the cache."""
+LARGE = 1 << 16
+"""Elements of a gradient that is worth a call of its own while autograd goes on."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,25 @@ class SlotGradient:
 
 
 class GradientTaker:
-    """Moves each gradient to its place in a flat vector as soon as autograd has it, scaled on the way.
+    """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
 
-    So there is one pass over a gradient after the one that made it, nothing is set to zero before, and autograd's own
-    memory for it is free again before the next one is made. Gradients of a parameter that autograd finishes twice, as
-    under reentrant checkpointing, are added.
+    A large one is moved as soon as autograd has it, in one pass after the one that made it, and autograd's own memory
+    for it is free again before the next one is made. Small ones are moved together at the end. Gradients of a large
+    parameter that autograd finishes twice, as under reentrant checkpointing, are added.
     """
 
     def __init__(self, layout: Layout, model: nn.Module) -> None:
-        self._entries = {e.name: e for e in layout.entries}
+        self._layout = layout
         self._parameters = trainable(model)
-        self._out: Tensor | None = None
+        large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
+        self._small = {name: p for name, p in self._parameters.items() if name not in large}
+        self._places: dict[int, dict[str, Tensor]] = {}  # by the address of the flat vector, of which there are few
+        self._out: dict[str, Tensor] | None = None
         self._scale = 1.0
         self._squares: dict[str, float] = {}
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
-            for name, parameter in self._parameters.items()
+            for name, parameter in large.items()
         ]
 
     def backward(self, loss: Tensor, out: Tensor, scale: float) -> float:
@@ -77,17 +82,19 @@ class GradientTaker:
         Raises:
             BadInput: the loss has set gradients itself.
         """
-        for name, parameter in self._parameters.items():
-            if parameter.grad is not None:
-                raise self._meddled(name)
-        self._out, self._scale, self._squares = out, scale, {}
+        if set_already := next((name for name, p in self._parameters.items() if p.grad is not None), None):
+            raise self._meddled(set_already)
+        if out.data_ptr() not in self._places:
+            self._places[out.data_ptr()] = {name: view.view(-1) for name, view in self._layout.views(out).items()}
+        self._out, self._scale, self._squares = self._places[out.data_ptr()], scale, {}
         try:
             loss.backward()  # type: ignore[no-untyped-call]
+            square = self._take_small(self._out)
+            for name in self._parameters.keys() - self._squares.keys() - self._small.keys():
+                self._out[name].zero_()
         finally:
             self._out = None
-        for name in self._parameters.keys() - self._squares.keys():
-            self._place(name, out).zero_()
-        return sum(self._squares.get(name, 0.0) for name in self._parameters)
+        return square + sum(self._squares[name] for name in self._parameters if name in self._squares)
 
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
@@ -96,19 +103,24 @@ class GradientTaker:
 
     def _take(self, name: str, parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
-        if self._out is None:
+        if self._out is None or grad is None:
             raise self._meddled(name)
-        assert grad is not None
-        place, grad = self._place(name, self._out), grad.reshape(-1)
+        place, grad = self._out[name], grad.reshape(-1)
         if name in self._squares:
             place.add_(grad.cpu(), alpha=self._scale)
-            self._squares[name] = squared(place)
+            self._squares[name] = _scaled(place, 1.0, place)
         else:
             self._squares[name] = _scaled(grad, self._scale, place)
 
-    def _place(self, name: str, out: Tensor) -> Tensor:
-        entry = self._entries[name]
-        return out[entry.start : entry.start + entry.size]
+    def _take_small(self, out: Mapping[str, Tensor]) -> float:
+        square = 0.0
+        for name, parameter in self._small.items():
+            grad, parameter.grad = parameter.grad, None
+            if grad is None:
+                out[name].zero_()
+            else:
+                square += _scaled(grad.reshape(-1), self._scale, out[name])
+        return square
 
     @staticmethod
     def _meddled(name: str) -> BadInput:
@@ -121,6 +133,8 @@ def _scaled(grad: Tensor, scale: float, out: Tensor) -> float:
     if grad.device != out.device:
         out.copy_(grad)
         grad = out
+    if out.numel() <= BLOCK:
+        return squared(torch.mul(grad, scale, out=out))
     total = 0.0
     for first in range(0, out.numel(), BLOCK):
         block = out[first : first + BLOCK]

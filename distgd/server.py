@@ -81,6 +81,7 @@ class Server:
         )
         self._clock = clock
         self._timeline = spec.rules.timeline
+        self._committed = clock()
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message; a committed step's report says how long this message took to apply."""
@@ -97,11 +98,11 @@ class Server:
         """A server has no work that takes time apart from messages."""
         raise NotImplementedError(f"a server computes nothing, yet was given {work!r}")
 
-    @staticmethod
-    def _timed(effect: ev.Effect, seconds: float) -> ev.Effect:
+    def _timed(self, effect: ev.Effect, seconds: float) -> ev.Effect:
         match effect:
             case ev.Send(to, ev.StepCommitted() as message):
-                return ev.Send(to, replace(message, apply_seconds=seconds))
+                before, self._committed = self._committed, self._clock()
+                return ev.Send(to, replace(message, apply_seconds=seconds, since=self._committed - before))
             case ev.Send(to, ev.PushAnswered() as message):
                 return ev.Send(to, replace(message, seconds=seconds))
             case _:

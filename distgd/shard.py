@@ -172,7 +172,8 @@ class Shard:
             if refused:
                 return [self._answer(source, pull.lease, "gone")]
         if self.version < pull.at_least:
-            self._pulls.append((source, pull))
+            if (source, pull) not in self._pulls:
+                self._pulls.append((source, pull))
             return []
         return [self._weights_for(source, pull)]
 
@@ -207,7 +208,9 @@ class Shard:
                 self._stage(node, source, push)
             elif pol.Drop(node, "late") in decisions:
                 self.late += push.stop - push.first
-            return self._obey(decisions)
+            reads = ev.PullRequested(self.rules.timeline, push.step + 1, push.reads)
+            asked = self._pull(source, reads) if push.reads >= 0 else []
+            return [*asked, *self._obey(decisions)]
         key = (source, push.lease)
         self._waiting.setdefault(key, (source, push))
         return self._obey(self.policy.handle(pol.Arrived(key, push.step, node, 0, push.version, bad)))
@@ -310,7 +313,7 @@ class Shard:
         self._measured = None
         for number in commit.snapshots:
             self._due[number] = self.version
-        return [*effects, *self._advanced()]
+        return [*self._advanced(), *effects]  # workers wait, the driver does not
 
     def _record(self, commit: ev.Commit) -> ev.StepCommitted:
         times: dict[int, dict[str, float]] = {}

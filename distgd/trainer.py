@@ -53,6 +53,7 @@ __all__ = ["Plan", "Result", "launch", "prepare", "train"]
 log = logging.getLogger("distgd.trainer")
 
 POINTS = 1000  # of each metric in MLflow, where the config does not say
+REST = 0.005  # seconds between two looks at what shards have committed
 STATUS_SECONDS = 3.0  # how long processes get to say what they do before a deadline's error is written
 
 Watch = Callable[[dict[str, Any]], None]
@@ -409,7 +410,8 @@ def _cluster(plan: Plan) -> Cluster:
         "evaluator": Resources(config.eval.cpus, config.eval.gpus),
     }
     state = plan.layout.size * plan.layout.itemsize + plan.replica.buffer_layout.size
-    return RayCluster(config.cluster.address, resources, config.cluster.start_seconds, state)
+    rest = REST if plan.staged else 0.0  # elsewhere workers wait for leases
+    return RayCluster(config.cluster.address, resources, config.cluster.start_seconds, state, rest)
 
 
 def _mlflow(plan: Plan) -> Mlflow:

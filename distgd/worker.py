@@ -134,7 +134,7 @@ class Worker:
         self._timeline = spec.rules.timeline
         self._shards = spec.rules.incarnations
         self._members = -1
-        self._buffers_version = 0
+        self.buffers_version = 0
         self._pool: list[Tensor] = []
         self._token = 0
         self._times: dict[str, float] = {}
@@ -180,7 +180,7 @@ class Worker:
 
     def pull(self, at_least: int, lease: int = -1, step: int = -1, slot: int = -1) -> ev.PullRequested:
         """A request for weights, saying which buffers are here already."""
-        return ev.PullRequested(self._timeline, at_least, self._buffers_version, lease, step, slot)
+        return ev.PullRequested(self._timeline, at_least, self.buffers_version, lease, step, slot)
 
     def install(self, have: dict[int, ev.WeightsSent]) -> None:
         """Make every shard's slice the replica's, and newer buffers.
@@ -192,7 +192,7 @@ class Worker:
         weights = {shard: sent.weights for shard, sent in have.items()}
         shared = self.spec.rules.staged and self.spec.quorum == self.spec.rules.slots
         self.replica.install(self.spec.slices, weights, have[0].buffers, shared=shared)
-        self._buffers_version = max(self._buffers_version, have[0].buffers_version)
+        self.buffers_version = max(self.buffers_version, have[0].buffers_version)
         self._times["pull"] = self._clock() - began
 
     def compute(self, step: int, slot: int) -> ev.Compute:
@@ -303,7 +303,13 @@ class _Sync:
         self.tree = Tree(self.slots, self._add)
         if version >= self.last:
             return []
-        return [*self._ask(version + 1), *self._next_round()]
+        follow = self._next_round()
+        return [*([] if self.asks_with_push else self._ask(version + 1)), *follow]
+
+    @property
+    def asks_with_push(self) -> bool:
+        """Whether the next version is asked for by this step's pushes: it cannot exist before they arrive."""
+        return bool(self.round) and self.quorum == self.slots
 
     def _next_round(self) -> list[ev.Effect]:
         own = self.worker.spec.incarnation
@@ -344,7 +350,10 @@ class _Sync:
             results[0].buffers if node[0] == 0 else None,
             tuple(r.stats for r in results),
             self.worker.take_times(sum(r.stats.seconds for r in results)),
+            self.worker.buffers_version if self.asks_with_push else -1,
         )
+        if push.reads >= 0:
+            self.read.asked = dict.fromkeys(range(self.shards), self.step + 1)
         return self.worker.push(push, part.value, dict.fromkeys(range(self.shards), self.step))
 
     def _add(self, left: Sum[Tensor], right: Sum[Tensor]) -> Sum[Tensor]:
