@@ -29,7 +29,7 @@ import numpy as np
 
 from distgd.errors import RunFailed
 from distgd.transport.proof import STRANGERS, Challenge, Identity
-from distgd.transport.segments import SUPPORTED, Array, Segment, address_of
+from distgd.transport.segments import SUPPORTED, Array, Segment, address_of, reserve
 from distgd.wire import Codec
 
 log = logging.getLogger("distgd.transport")
@@ -264,10 +264,10 @@ class NodeEndpoint:
         except OSError:
             data, rights, flags = b"", [], 0
         descriptors = _descriptors(rights)
-        if not data:
-            self._forget(link)
-            return
         try:
+            if not data:
+                self._forget(link)
+                return
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError("longer than any that is sent here")
             if data[:1] == DATA and link.peer >= 0:
@@ -394,16 +394,15 @@ def _descriptors(rights: Any) -> list[int]:
 
 def _parcel(frame: Any) -> int:
     """A segment that holds a copy of `frame`, for one receiver."""
-    descriptor = os.memfd_create("distgd-parcel", os.MFD_CLOEXEC)
     try:
-        rest = memoryview(frame)
-        os.posix_fallocate(descriptor, 0, len(rest))
-        while len(rest):
-            rest = rest[os.write(descriptor, rest) :]
-        return descriptor
+        descriptor = reserve(len(frame))
     except OSError as error:
-        os.close(descriptor)
-        raise RunFailed(f"expected {len(frame)} bytes of memory for a message, found none ({error})") from error
+        do = "lower cluster.workers or the model, or add memory"
+        raise RunFailed(f"expected {len(frame)} bytes of memory for a message ({error}); {do}") from error
+    rest = memoryview(frame)
+    while len(rest):
+        rest = rest[os.write(descriptor, rest) :]
+    return descriptor
 
 
 def _unpack(descriptor: int, size: int) -> Any:

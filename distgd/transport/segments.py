@@ -3,19 +3,23 @@
 A segment is allocated whole when it is made, so that memory which is not there is an error then and never a SIGBUS. It
 has no name: its descriptor is handed over a socket, only its maker can write to it, and it is gone with the last
 process that has it mapped, however that process ends. So nothing is ever left behind, and nothing is swept. It is not
-in /dev/shm either, whose size containers limit to 64 MB unless told otherwise.
+in /dev/shm either, whose size containers limit to 64 MB unless told otherwise; nothing limits it but memory itself, so
+that what is free is looked at before.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 Array = np.ndarray[Any, Any]
 Allocate = Callable[[int, str], Array]
@@ -23,6 +27,11 @@ Allocate = Callable[[int, str], Array]
 
 SUPPORTED = sys.platform == "linux"
 PAGE = mmap.PAGESIZE
+MOST = 0.9  # of what is free; the rest is for whoever else needs some now
+CONTAINER = (  # a control group's limit and what is used of it, in both versions
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 _MAYMOVE_FIXED = 1 | 2  # mremap's flags; the same on every Linux
 
 
@@ -47,9 +56,8 @@ class Segment:
             OSError: there is not so much memory, or no shared memory of this kind.
         """
         whole = max(1, -(-size // PAGE)) * PAGE
-        writable = os.memfd_create("distgd", os.MFD_CLOEXEC)
+        writable = reserve(whole)
         try:
-            os.posix_fallocate(writable, 0, whole)
             readable = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
             return cls(np.frombuffer(mmap.mmap(writable, whole), dtype=np.uint8), readable)
         finally:
@@ -67,6 +75,37 @@ class Segment:
     def holds(self, address: int, size: int) -> bool:
         """Whether `size` bytes at `address` lie in here."""
         return self.address <= address and address + size <= self.address + self.memory.nbytes
+
+
+def reserve(size: int) -> int:
+    """The descriptor of `size` bytes of new memory that can be shared.
+
+    Raises:
+        OSError: there is not so much. Asking the kernel without looking before would end other processes.
+    """
+    if not SUPPORTED:
+        raise OSError(errno.ENOSYS, "no shared memory without a name on this system")
+    if size > (free := available()) * MOST:
+        raise OSError(errno.ENOMEM, f"{free >> 20} MB of memory are free and {size >> 20} MB were asked for")
+    descriptor = os.memfd_create("distgd", os.MFD_CLOEXEC)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def available() -> int:
+    """Bytes that can be taken without swapping, on this machine and in this container."""
+    return min(psutil.virtual_memory().available, *(_left(*paths) for paths in CONTAINER))
+
+
+def _left(limit: str, used: str) -> int:
+    try:
+        return int(Path(limit).read_text()) - int(Path(used).read_text())
+    except (OSError, ValueError):  # no such control group, or no limit in it
+        return sys.maxsize
 
 
 def address_of(array: Array) -> int:
