@@ -30,7 +30,7 @@ FLOORS = {
         (
             "errors config events",  # words
             "layout optim policy ledger reduce codecs faults diagnostics staging shard",  # pure: decide, never act
-            "wire transport tasks sources checkpoint records tracking progress report weights",  # doors to the outside
+            "memory wire transport tasks sources checkpoint records tracking progress report weights",  # doors
             "server worker evaluator driver replica tally",  # actors, as plain classes
             "cluster inprocess",  # the engine
             "trainer plan cli __main__ __init__",  # the story

@@ -15,11 +15,11 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
+
+from distgd.memory import available
 
 Array = np.ndarray[Any, Any]
 Allocate = Callable[[int, str], Array]
@@ -28,10 +28,6 @@ Allocate = Callable[[int, str], Array]
 SUPPORTED = sys.platform == "linux"
 PAGE = mmap.PAGESIZE
 MOST = 0.9  # of what is free; the rest is for whoever else needs some now
-CONTAINER = (  # a control group's limit and what is used of it, in both versions
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
 _MAYMOVE_FIXED = 1 | 2  # mremap's flags; the same on every Linux
 
 
@@ -94,18 +90,6 @@ def reserve(size: int) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def available() -> int:
-    """Bytes that can be taken without swapping, on this machine and in this container."""
-    return min(psutil.virtual_memory().available, *(_left(*paths) for paths in CONTAINER))
-
-
-def _left(limit: str, used: str) -> int:
-    try:
-        return int(Path(limit).read_text()) - int(Path(used).read_text())
-    except (OSError, ValueError):  # no such control group, or no limit in it
-        return sys.maxsize
 
 
 def address_of(array: Array) -> int:
