@@ -29,7 +29,6 @@ import psutil
 
 from distgd import events as ev
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
-from distgd.memory import keep_freed
 from distgd.transport.mixed import MixedEndpoint, Place
 from distgd.transport.segments import Array
 from distgd.wire import Codec
@@ -100,7 +99,6 @@ class Process:
         """Live until told to end; returns why. An error is sent to the driver before the process ends."""
         self._endpoint.meet(_node_id(), places)
         timeline = spec.rules.timeline
-        keep_freed()
         try:
             actor = spec.build(time.monotonic, self._endpoint.allocate)
             facts = {"pid": str(os.getpid()), "host": socket.gethostname()}

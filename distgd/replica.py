@@ -55,9 +55,10 @@ class SlotGradient:
 class GradientTaker:
     """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
 
-    A large one is moved as soon as autograd has it, in one pass after the one that made it, and autograd's own memory
-    for it is free again before the next one is made. Small ones are moved together at the end. Gradients of a large
-    parameter that autograd finishes twice, as under reentrant checkpointing, are added.
+    A large one is moved as soon as autograd has it, in one pass after the one that made it. autograd keeps none: a
+    gradient that is one number for all elements never gets memory of its own, and any other's is free again before the
+    next one is made. Small ones are moved together at the end. Gradients of a large parameter that autograd finishes
+    twice, as under reentrant checkpointing, are added.
     """
 
     def __init__(self, layout: Layout, model: nn.Module) -> None:
@@ -69,10 +70,9 @@ class GradientTaker:
         self._out: dict[str, Tensor] | None = None
         self._scale = 1.0
         self._squares: dict[str, float] = {}
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(partial(self._take, name))  # type: ignore[no-untyped-call]
-            for name, parameter in large.items()
-        ]
+        with torch.enable_grad():
+            self._nodes = {name: torch.autograd.graph.get_gradient_edge(p).node for name, p in large.items()}
+        self._hooks = [node.register_prehook(partial(self._take, name)) for name, node in self._nodes.items()]
 
     def backward(self, loss: Tensor, out: Tensor, scale: float) -> float:
         """Write `scale` times the gradient of `loss` to `out` (flat, CPU); return the square of the result's norm.
@@ -101,16 +101,16 @@ class GradientTaker:
         for hook in self._hooks:
             hook.remove()
 
-    def _take(self, name: str, parameter: Tensor) -> None:
-        grad, parameter.grad = parameter.grad, None
-        if self._out is None or grad is None:
+    def _take(self, name: str, grads: tuple[Tensor, ...]) -> Any:
+        if self._out is None or self._parameters[name].grad is not None:
             raise self._meddled(name)
-        place, grad = self._out[name], grad.reshape(-1)
+        place, grad = self._out[name], grads[0].reshape(-1)
         if name in self._squares:
             place.add_(grad.cpu(), alpha=self._scale)
             self._squares[name] = _scaled(place, 1.0, place)
         else:
             self._squares[name] = _scaled(grad, self._scale, place)
+        return (None,)  # nothing is left to accumulate
 
     def _take_small(self, out: Mapping[str, Tensor]) -> float:
         square = 0.0
