@@ -27,18 +27,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distgd.config import Config
     from distgd.errors import BadInput, Diverged, RunFailed
-    from distgd.trainer import Result, train
+    from distgd.resources import bundles
+    from distgd.result import Result
+    from distgd.stopping import Stop
+    from distgd.trainer import train
 
 __version__ = "0.1.0"
 
-__all__ = ["BadInput", "Config", "Diverged", "Result", "RunFailed", "__version__", "train"]
+__all__ = ["BadInput", "Config", "Diverged", "Result", "RunFailed", "Stop", "__version__", "bundles", "train"]
 
 _HOMES = {
     "BadInput": "distgd.errors",
     "Config": "distgd.config",
     "Diverged": "distgd.errors",
-    "Result": "distgd.trainer",
+    "Result": "distgd.result",
     "RunFailed": "distgd.errors",
+    "Stop": "distgd.stopping",
+    "bundles": "distgd.resources",
     "train": "distgd.trainer",
 }
 

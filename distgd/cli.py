@@ -15,19 +15,21 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import closing, redirect_stdout
+from contextlib import closing, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from distgd.errors import BadInput, DistgdError
 
 if TYPE_CHECKING:
+    from distgd.compare import Compared
     from distgd.config import Config
     from distgd.progress import Progress
 
 Payload = Mapping[str, Any]
+WIDEST = 400  # letters of a table's line, which is not cut where the window is narrower
 STARTED = time.time()  # a process may be older: a set-up that ends in `exec` is no part of the run
 
 as_json = click.option(
@@ -43,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started this process
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process lives
     if "--json" not in given:
         return _outcome(given)[0]
     stdout = sys.stdout
@@ -50,15 +55,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, payload = _outcome(given)
     from distgd.records import strict
 
-    print(json.dumps(strict(payload), allow_nan=False), file=stdout, flush=True)
+    try:
+        print(json.dumps(strict(payload), allow_nan=False), file=stdout, flush=True)
+    except OSError as error:
+        _write_off(stdout)
+        return code or _told(1, "failed", f"the JSON object could not be written: {error.strerror}")[0]
     return code
+
+
+def _write_off(stream: TextIO) -> None:
+    """Nobody takes what is printed, as in `| head`: no more of it, and no complaint when the process ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _outcome(arguments: list[str]) -> tuple[int, Payload]:
     """The exit code and what `--json` prints; errors have been told to the person."""
     try:
-        payload = commands.main(arguments, prog_name="distgd", standalone_mode=False)
-        return 0, payload if isinstance(payload, Mapping) else {}
+        _check_current_folder()
+        returned = commands.main(arguments, prog_name="distgd", standalone_mode=False)
+        payload = returned if isinstance(returned, Mapping) else {}
+        return DistgdError.exit_code if payload.get("status") == DistgdError.status else 0, payload
     except DistgdError as error:
         result = error.result.as_dict() if error.result is not None else {}
         _show_result(result)
@@ -66,12 +83,39 @@ def _outcome(arguments: list[str]) -> tuple[int, Payload]:
         return code, {**result, **payload}
     except click.ClickException as error:
         error.show()
-        return BadInput.exit_code, {"status": BadInput.status, "error": error.format_message()}
+        said = error.format_message()
+        if isinstance(error, click.NoSuchOption) and "." in error.option_name:
+            hint = f"A key of the config is given without dashes: {error.option_name.lstrip('-')}=VALUE"
+            click.echo(hint, err=True)
+            said = f"{said} {hint}"
+        return BadInput.exit_code, {"status": BadInput.status, "error": said}
+    except BrokenPipeError:
+        _write_off(sys.stdout)
+        return 1, {"status": "failed", "error": "nobody reads the output"}
     except (click.Abort, KeyboardInterrupt):
         return _told(130, "interrupted", "interrupted")
     except Exception as error:  # noqa: BLE001  # a mistake of ours: with --json it is told as JSON too
         traceback.print_exc()
         return 1, {"status": "failed", "error": f"{type(error).__name__}: {error}"}
+
+
+def _check_current_folder() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        found = "one that was removed"
+        raise BadInput.described("the current folder", "a folder that is there", found, "go to another one") from error
+
+
+def _check_temporary_folder() -> None:
+    """Without one, as on a machine that has no room at all, torch and Ray end with a traceback."""
+    import tempfile
+
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        do = "free some space, or set TMPDIR to another folder"
+        raise BadInput.described("TMPDIR", "a temporary folder that can be written", "none", do) from error
 
 
 def _told(code: int, status: str, message: str) -> tuple[int, Payload]:
@@ -99,6 +143,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> Payload:
         distgd train configs/quickstart.yaml cluster.workers=4 optimizer.lr=0.01
     """  # noqa: D301 - click reads the control character
     settings, name = _load(config, overrides), Path(config).stem
+    _check_temporary_folder()
     return _plan(settings, name) if dry_run else _train(settings, name)
 
 
@@ -115,7 +160,10 @@ def _train(config: Config, name: str) -> Payload:
 
     with closing(_Line()) as line:
         result: Payload = trainer.launch(config, name, line, began=STARTED).as_dict()
-    _show_result(result)
+    try:
+        _show_result(result)
+    except OSError:  # the run is done and recorded, whoever listens
+        _write_off(sys.stdout)
     return result
 
 
@@ -147,13 +195,90 @@ def _show_result(result: Payload) -> None:
     )
     for name, value in sorted(result["metrics"].items()):
         if name.startswith(("train/", "eval/")):
-            click.echo(f"  {name:<20} {value:.4f}")
+            click.echo(f"  {name:<20} {float(value):.4f}")  # JSON has no NaN: it is text there
     click.echo(f"run folder  {folder}")
     if (folder / "model.safetensors").exists():
         click.echo(f"weights     {folder / 'model.safetensors'}")
     click.echo(f"numbers     {folder / 'metrics.jsonl'}")
+    if (folder / "report" / "index.html").exists():
+        click.echo(f"report      {folder / 'report' / 'index.html'}")
     if result["mlflow_run_id"]:
         click.echo(f"curves      distgd ui {folder}")
+
+
+@commands.command()
+@click.argument("run")
+@as_json
+def report(run: str) -> Payload:
+    """Write a page about RUN: its result, curves, times and events.
+
+    RUN is a run folder or a name under runs/, of a run in any state. The page, report/index.html in that folder, is one
+    file for any browser; its pictures are beside it as well.
+    """
+    from distgd.report import write_report
+
+    page = write_report(_run_folder(run)).absolute()
+    click.echo(page)
+    return {"report": str(page)}
+
+
+@commands.command()
+@click.argument("config")
+@overrides_argument
+@click.option("--modes", metavar="MODE,...", help="Modes to compare: sync,bounded,async.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE,...", help="Values of a key to compare; may be repeated."
+)
+@click.option("--target", metavar="METRIC>=VALUE", help="What the runs are to reach, such as eval/accuracy>=0.95.")
+@as_json
+def compare(
+    config: str, overrides: tuple[str, ...], modes: str | None, settings: tuple[str, ...], target: str | None
+) -> Payload:
+    """Run CONFIG in several variants and compare them.
+
+    All have the same seed and data, unless one of these is what is compared. They run one after the other:
+
+    \b
+        distgd compare configs/quickstart.yaml --modes sync,async --set optimizer.lr=0.003,0.001
+
+    A mode leaves out what the config says for another one, such as consistency.staleness.
+    """  # noqa: D301 - click reads the control character
+    from distgd.compare import Variant, plan_comparison, run_comparison
+
+    comparison = plan_comparison(
+        config, overrides, os.environ, modes=modes, settings=settings, target=target, name=Path(config).stem
+    )
+    number = iter(range(1, len(comparison.configs) + 1))
+
+    def begin(variant: Variant) -> closing[_Line]:
+        click.echo(f"\n{next(number)} of {len(comparison.configs)}: {variant.label}")
+        return closing(_Line())
+
+    compared = run_comparison(comparison, begin)
+    _show_comparison(compared)
+    return compared.as_dict()
+
+
+def _show_comparison(compared: Compared) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    rows = Table(box=None, pad_edge=False)
+    for at, name in enumerate(compared.table.columns):
+        rows.add_column(name, justify="right" if at in compared.table.numbers else "left", no_wrap=True)
+    for row in compared.table.rows:
+        rows.add_row(*map(escape, row))
+    click.echo()
+    Console(file=sys.stdout, width=WIDEST, highlight=False).print(rows)
+    for each in compared.outcomes:
+        if each.error is not None:
+            click.echo(f"{each.variant.label}: {each.error}", err=True)
+    if compared.table.note:
+        click.echo(compared.table.note)
+    click.echo(f"page    {compared.page}")
+    if compared.mlflow_run_id:
+        click.echo(f"curves  distgd ui {compared.outcomes[0].result.get('run_dir', '')}")
 
 
 @commands.group()
@@ -201,6 +326,8 @@ def ui(run: str | None, port: int) -> None:
     uri = _store(run, os.environ)
     if uri == "none":
         raise BadInput.at("tracking.uri", "an MLflow store", uri, "the run's numbers are in its metrics.jsonl")
+    tracking.check(uri, port)
+    click.echo(f"curves  {tracking.page_of(uri, port, Path(run).name if run else None)}")
     if code := tracking.ui(uri, port):
         raise DistgdError(f"MLflow's server ended with exit code {code}")
 
@@ -220,7 +347,9 @@ def _run_folder(run: str) -> Path:
     for folder in (Path(run), Path(Run().storage) / run):
         if (folder / "config.yaml").is_file():
             return folder
-    raise BadInput(f"RUN: expected a run folder or a name under {Run().storage}/, found {run!r} with no config.yaml")
+    expected = f"a run folder or a name under {Run().storage}/"
+    do = f"start from the folder that {Run().storage}/ is in, or give the whole path"
+    raise BadInput.described("RUN", expected, f"{run!r} with no config.yaml in it", do)
 
 
 def _load(source: str | Path, overrides: Sequence[str] = ()) -> Config:

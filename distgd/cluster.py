@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import secrets
 import shutil
 import socket
@@ -20,15 +21,17 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
 from distgd import events as ev
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
+from distgd.config import Config
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed, users_error
+from distgd.resources import Resources, by_role, fit
 from distgd.transport.mixed import MixedEndpoint, Place
 from distgd.transport.segments import Array
 from distgd.wire import Codec
@@ -73,14 +76,6 @@ class Cluster(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What Ray sets aside for a process of one role."""
-
-    cpus: float
-    gpus: float
-
-
 class Process:
     """The event loop of one process: an endpoint, and a state machine once `run` is called."""
 
@@ -104,7 +99,7 @@ class Process:
             facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
             self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
             return self._loop(actor)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the driver is told
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the driver is told
             kind = type(error).__name__ if isinstance(error, DistgdError) else "RunFailed"
             self._endpoint.send(ev.DRIVER, ev.ProcessFailed(timeline, kind, _told(error)))
             return f"failed: {error}"
@@ -139,9 +134,7 @@ def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: bool
     return MixedEndpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
 
 
-def _told(error: Exception) -> str:
-    from distgd.replica import users_error
-
+def _told(error: BaseException) -> str:
     return str(error) if isinstance(error, DistgdError) else users_error(error)
 
 
@@ -195,8 +188,9 @@ class RayCluster:
 
         began = self.now()
         if not ray.is_initialized():
-            self._connect(specs)
+            self.connect(sum(self._resources[spec.role].cpus for spec in specs.values()))
         self._check_gpus(specs)
+        self._check_trial(specs)
         alone = len(_nodes()) == 1
         self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen=True, alone=alone)
         for incarnation, spec in specs.items():
@@ -210,16 +204,18 @@ class RayCluster:
         for incarnation, spec in specs.items():
             try:
                 life = self._actors[incarnation].run.remote(spec, places)
-            except TypeError as error:
+            except (TypeError, pickle.PicklingError) as error:
                 do = "keep locks, files and connections out of the task object, or make them in its methods"
-                raise BadInput(f"task: expected an object that can be sent to processes ({error}); {do}") from error
+                found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
+                raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
             self._running[life] = incarnation
 
-    def _connect(self, specs: Mapping[int, Spec]) -> None:
+    def connect(self, cpus: float) -> None:
+        """Join the cluster at the address, or start a private one with so many CPUs; `close` ends that."""
         if self._address is not None:
             self._join(self._address)
         else:
-            self._start_private(sum(self._resources[spec.role].cpus for spec in specs.values()))
+            self._start_private(cpus)
 
     def _join(self, address: str) -> None:
         import ray
@@ -230,7 +226,7 @@ class RayCluster:
             self._joined = True
         except (ConnectionError, RuntimeError, ValueError) as error:
             do = "start it with `ray start --head`, or remove the key to train on this machine"
-            raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", address, do) from error
+            raise BadInput.described("cluster.address", "a running Ray cluster", f"{address} ({error})", do) from error
 
     def _start_private(self, cpus: float) -> None:
         """Start Ray on this machine, in a folder of its own.
@@ -272,7 +268,7 @@ class RayCluster:
             socket.create_connection((host, int(port)), timeout=min(5.0, self._start_seconds)).close()
         except OSError as error:
             do = "start it with `ray start --head`, or remove the key to train on this machine"
-            raise BadInput.at("cluster.address", f"a running Ray cluster ({error})", address, do) from error
+            raise BadInput.described("cluster.address", "a running Ray cluster", f"{address} ({error})", do) from error
 
     def _check_gpus(self, specs: Mapping[int, Spec]) -> None:
         """On a cluster of one's own nothing will be added, so that waiting for a GPU would be in vain."""
@@ -281,6 +277,29 @@ class RayCluster:
         if self._private is not None and asked > there:
             do = "lower cluster.workers, cluster.gpus or eval.gpus, or set cluster.address"
             raise BadInput.at("cluster.gpus", f"at most the {there:g} GPUs of this machine in all", asked, do)
+
+    def _check_trial(self, specs: Mapping[int, Spec]) -> None:
+        """In a placement group, such as a trial's, processes that find no room would wait for ever."""
+        import ray.util
+
+        group = ray.util.get_current_placement_group()
+        if group is None:
+            return
+        free = [dict(bundle) for bundle in group.bundle_specs]
+        own: dict[str, float] = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+        for name, amount in own.items():
+            mine = next((b for b in free if b.get(name, 0.0) >= amount), None)
+            if mine is not None:
+                mine[name] -= amount
+        asks = [self._resources[spec.role] for spec in specs.values()]
+        if not fit(asks, free):
+            wanted = [bundle for ask in asks if (bundle := ask.bundle())]
+            do = (
+                "tune.with_resources(trial, tune.PlacementGroupFactory(distgd.bundles(config))) asks for enough; "
+                "or lower cluster.workers, cluster.servers or cluster.cpus"
+            )
+            found = f"{free} beside what runs there already"
+            raise BadInput.at("cluster", f"a placement group with room for {wanted}", found, do)
 
     def _actor(self, incarnation: int, spec: Spec, *, alone: bool) -> Any:
         import ray
@@ -366,6 +385,32 @@ class RayCluster:
             _end_all(self._private)
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
+
+
+@contextlib.contextmanager
+def shared_cluster(configs: Sequence[Config], max_bytes: int) -> Iterator[None]:
+    """Ray for several runs, one after the other: they find this process connected, use that cluster and leave it up.
+
+    It has the CPUs of the largest run and the first run's address. A process that is connected already stays so.
+
+    Args:
+        max_bytes: the largest array in a message of any run.
+    """
+    import ray
+
+    first = configs[0].cluster
+    shared = RayCluster(first.address, {}, max(config.cluster.start_seconds for config in configs), max_bytes)
+    try:
+        if not ray.is_initialized():
+            shared.connect(max(map(_cpus, configs)))
+        yield
+    finally:
+        shared.close()
+
+
+def _cpus(config: Config) -> float:
+    counts = {"server": config.cluster.servers, "worker": config.cluster.workers, "evaluator": 1}
+    return sum(counts[role] * wanted.cpus for role, wanted in by_role(config).items())
 
 
 def _why_not(error: Exception) -> str:

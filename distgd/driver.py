@@ -8,16 +8,16 @@ mode has them. What it knows is lost with its process; the files that the traine
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from distgd import errors
 from distgd import events as ev
+from distgd.assignment import Assignment, Cast
 from distgd.errors import BadInput, DistgdError, Diverged, ProcessLost, RunFailed
+from distgd.evaluations import Best, Evaluations
 from distgd.ledger import Ledger, assign
-from distgd.optim import OptimizerSpec, Schedule
-from distgd.sources import Order
+from distgd.stopping import Stop
 from distgd.tally import Tally
 
 FINAL = 1 << 30
@@ -39,81 +39,20 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class Keep:
+    """The weights of the best evaluation so far are here."""
+
+    best: Best
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
-    """The run is over: `error` is None where it was completed."""
+    """The run is over: `error` is None where it was completed or stopped."""
 
     error: DistgdError | None
 
 
-Effect = ev.Send | Log | Account | Finish
-
-
-@dataclass(frozen=True)
-class Cast:
-    """Who plays what: incarnations by role, shards in the order of their index."""
-
-    timeline: int
-    shards: tuple[int, ...]
-    workers: tuple[int, ...]
-    evaluator: int | None
-
-    @property
-    def everybody(self) -> tuple[int, ...]:
-        """Every incarnation but the driver's, shards first."""
-        return (*self.shards, *self.workers, *([self.evaluator] if self.evaluator is not None else []))
-
-    def name(self, incarnation: int) -> str:
-        """An incarnation as people know it.
-
-        >>> Cast(1, (1, 2), (3,), 4).name(2)
-        'shard 1'
-        """
-        for role, members in (("worker", self.workers), ("shard", self.shards)):
-            if incarnation in members:
-                return f"{role} {members.index(incarnation)}"
-        return "the evaluator" if incarnation == self.evaluator else f"process {incarnation}"
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What the run is to do: `steps` global batches of `order` in one mode.
-
-    `staged` is sync mode; elsewhere `staleness` is the bound, None in async. Evaluation happens every
-    `evaluate_steps` or every `evaluate_seconds`, and at the end.
-    """
-
-    order: Order
-    steps: int
-    staged: bool
-    staleness: int | None
-    optimizer: OptimizerSpec
-    schedule: Schedule
-    evaluate_steps: int | None
-    evaluate_seconds: float | None
-
-    def versions(self, steps: int) -> int:
-        """The version after so many steps: one a step, or one for each slot that holds samples."""
-        if self.staged:
-            return steps
-        epochs, rest = divmod(steps, self.order.steps_per_epoch)
-        return epochs * self._updates(self.order.steps_per_epoch) + self._updates(rest)
-
-    def steps_of(self, version: int) -> int:
-        """The whole steps in a version."""
-        if self.staged:
-            return version
-        epochs, rest = divmod(version, self._updates(self.order.steps_per_epoch))
-        return epochs * self.order.steps_per_epoch + rest // self.order.slots
-
-    def _updates(self, steps: int) -> int:
-        """Slots that hold samples in an epoch's first `steps`; only its last batch may be short."""
-        if steps < self.order.steps_per_epoch:
-            return steps * self.order.slots
-        return (steps - 1) * self.order.slots + self.order.filled(steps - 1)
-
-    def slots(self) -> Iterator[tuple[int, int]]:
-        """Every (step, slot) that holds samples, in order."""
-        return ((t, k) for t in range(self.steps) for k in range(self.order.filled(t)))
+Effect = ev.Send | Log | Account | Keep | Finish
 
 
 class Driver:
@@ -125,6 +64,9 @@ class Driver:
         self.tally = Tally(assignment.optimizer, assignment.schedule, now)
         self.final: dict[int, ev.SnapshotSent] = {}  # the last version, by shard
         self.finished = False
+        self.steps = assignment.steps  # where the run ends; fewer once that is decided
+        self.ended: str | None = None  # why it ends before the planned steps
+        self.stopped = False  # whether that was asked for from outside
         self._workers = list(cast.workers)
         self._live = {ev.DRIVER, *cast.everybody}
         self._newest = max(self._live)
@@ -133,7 +75,8 @@ class Driver:
         self._ledger = Ledger(assignment.slots(), limit)
         self._requests: deque[int] = deque()  # workers that have room for a lease, in the order they asked
         self._gathered: list[tuple[int, ev.LeaseEnded]] = []  # applied slots that do not make a whole step yet
-        self._evaluations = _Evaluations(assignment, now)
+        self.evaluations = Evaluations(assignment, now)
+        self._limit: int | None = None  # the steps that may be committed before the next word
         self._scored = cast.evaluator is None  # whether the last version's evaluation is in
 
     def start(self) -> list[Effect]:
@@ -159,10 +102,18 @@ class Driver:
             case ev.Evaluated():
                 return self._evaluated(event, now)
             case ev.SnapshotSent():
-                self.final[event.shard] = event
-                return self._end()
+                return self._sent(event, now)
+            case ev.Limited():
+                return self._ends_at(event.steps) if self.ended else []
             case _:
                 return []
+
+    def stop(self, stop: Stop) -> list[Effect]:
+        """End the run cleanly, as somebody outside asks for."""
+        before = self.ended
+        effects = self._end_early(f"stopped: {stop.why}")
+        self.stopped = self.stopped or self.ended is not before  # one that comes when the run is over changes nothing
+        return effects
 
     # Membership.
 
@@ -269,7 +220,12 @@ class Driver:
         index = {worker: i for i, worker in enumerate(self.cast.workers)}
         by_index = {index[worker]: spent for worker, spent in times.items() if worker in index}
         log = Log(self.tally.stepped(stats, by_index, extra, now if at is None else at))
-        return [log, *(self._evaluate(now) if self.tally.steps < self.assignment.steps else self._finale())]
+        if self._over:
+            return [log, *self._finale()]
+        seconds = self.assignment.seconds
+        if seconds is not None and now - self.tally.began >= seconds:
+            return [log, *self._end_early(f"stop.seconds: {now - self.tally.began:.1f} s since training began")]
+        return [log, *self._evaluate(now)]
 
     def _account(self, step: int, slot: int, state: str) -> Account:
         first, stop = self.assignment.order.places(step, slot)
@@ -287,43 +243,98 @@ class Driver:
             }
         )
 
-    # Evaluation and the end.
+    # Evaluation.
 
     def _evaluate(self, now: float) -> list[Effect]:
-        """Ask for the next snapshot ahead of time."""
-        if self.cast.evaluator is None:
+        """Ask for the next snapshot ahead of time; where training waits for evaluations, let it go on to there."""
+        if self.cast.evaluator is None or self.ended:
             return []
-        step = self._evaluations.next(self.tally.steps, now)
-        self.tally.skipped_evaluations = self._evaluations.skipped
+        step = self.evaluations.next(self.tally.steps, now)
+        self.tally.skipped_evaluations = self.evaluations.skipped
         if step is None:
-            return []
-        return self._snapshot(self._evaluations.number, self.assignment.versions(step), evaluate=True)
+            return [] if self.evaluations.running else self._let_go_on(self.steps, now)
+        asked = self._snapshot(self.evaluations.number, self.assignment.versions(step))
+        return [*asked, *self._score(self.evaluations.number), *self._let_go_on(step, now)]
 
-    def _snapshot(self, number: int, version: int, *, evaluate: bool) -> list[Effect]:
+    def _let_go_on(self, steps: int, now: float) -> list[Effect]:
+        """Where training waits for evaluations: let `steps` steps be committed and no more, until the next word."""
+        if steps == self._limit or not self.assignment.waits:
+            return []
+        self._limit = steps
+        if self.assignment.staged:
+            return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, steps))]
+        self._ledger.steps = steps
+        return self._grant(now)
+
+    def _snapshot(self, number: int, version: int) -> list[Effect]:
         take = ev.TakeSnapshot(self.cast.timeline, number, version)
-        asked = [ev.Send(self.cast.shards[0], take)] if self.assignment.staged else self._to_shards(take)
-        return [*asked, *(self._score(number) if evaluate else [])]
+        return [ev.Send(self.cast.shards[0], take)] if self.assignment.staged else self._to_shards(take)
 
     def _score(self, number: int) -> list[Effect]:
         assert self.cast.evaluator is not None
         return [ev.Send(self.cast.evaluator, ev.Evaluate(self.cast.timeline, number))]
 
-    def _finale(self) -> list[Effect]:
-        """The last version: its weights come here, and it is always evaluated."""
-        idle = self.cast.evaluator is not None and not self._evaluations.running
-        last = self._snapshot(FINAL, self.assignment.versions(self.assignment.steps), evaluate=idle)
-        return [*last, *self._to_shards(ev.SnapshotPulled(self.cast.timeline, FINAL))]
-
     def _evaluated(self, event: ev.Evaluated, now: float) -> list[Effect]:
         metrics = {f"eval/{name}": value for name, value in event.metrics.items()} | {"time/eval": 1e3 * event.seconds}
-        step = self.assignment.steps if event.number == FINAL else self.assignment.steps_of(event.version)
+        step = self.steps if event.number == FINAL else self.assignment.steps_of(event.version)
         log = Log({**self.tally.event("eval", now, metrics), "step": step, "version": event.version})
-        self._evaluations.running = False
-        if event.number == FINAL:
+        try:
+            verdict = self.assignment.judge.evaluated(metrics)
+        except BadInput as error:
+            return [log, Finish(error)]
+        scores = {name: value for name, value in metrics.items() if name.startswith("eval/")}
+        best = Best(event.number, step, scores) if verdict.best else None
+        self.evaluations.evaluated(event.version, best)
+        self._scored = self._scored or event.number == FINAL
+        pulls = self._to_shards(ev.SnapshotPulled(self.cast.timeline, event.number)) if best else []
+        early = self._end_early(verdict.ends) if verdict.ends and event.number != FINAL else []
+        return [log, *pulls, *early, *([] if best else self._after_evaluation(now))]
+
+    def _sent(self, part: ev.SnapshotSent, now: float) -> list[Effect]:
+        """A shard's part of the last version, or of the best one, or of both."""
+        if part.number == FINAL:
+            self.final[part.shard] = part
+        best = self.evaluations.weights(part, len(self.cast.shards))
+        return self._end() if best is None else [Keep(best), *self._after_evaluation(now)]
+
+    def _after_evaluation(self, now: float) -> list[Effect]:
+        """Go on to the next one, or to the last."""
+        return self._last_score() if self._over else self._evaluate(now)
+
+    # The end.
+
+    def _end_early(self, why: str) -> list[Effect]:
+        """End with the steps that have been begun; in sync mode shard 0 says which ones these are."""
+        if self.ended or self._over:
+            return []
+        self.ended = why
+        if self.assignment.staged:
+            return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))]
+        self._ledger.steps = self._ledger.begun
+        return self._ends_at(self._ledger.begun)
+
+    def _ends_at(self, steps: int) -> list[Effect]:
+        self.steps = min(steps, self.steps)
+        return self._finale() if self._over else []
+
+    @property
+    def _over(self) -> bool:
+        """Whether the last step is committed."""
+        return self.tally.steps >= self.steps
+
+    def _finale(self) -> list[Effect]:
+        """The last version: its weights come here, and it is always evaluated."""
+        last = self._snapshot(FINAL, self.assignment.versions(self.steps))
+        pulled = self._to_shards(ev.SnapshotPulled(self.cast.timeline, FINAL))
+        return [*last, *pulled, *([] if self.evaluations.running else self._last_score())]
+
+    def _last_score(self) -> list[Effect]:
+        """Evaluate the last version, unless that has just been done."""
+        if self._scored or self.evaluations.version == self.assignment.versions(self.steps):
             self._scored = True
-            return [log, *self._end()]
-        over = self.tally.steps >= self.assignment.steps
-        return [log, *(self._score(FINAL) if over else self._evaluate(now))]
+            return self._end()
+        self.evaluations.running = True
+        return self._score(FINAL)
 
     @property
     def whole(self) -> bool:
@@ -331,39 +342,10 @@ class Driver:
         return len(self.final) == len(self.cast.shards)
 
     def _end(self) -> list[Effect]:
-        if self.finished or not self._scored or not self.whole:
+        if self.finished or not self._scored or not self.whole or self.evaluations.running:
             return []
         self.finished = True
         return [Finish(None)]
-
-
-class _Evaluations:
-    """Which steps are evaluated: one at a time, asked for ahead; those that come due meanwhile are skipped, counted."""
-
-    def __init__(self, assignment: Assignment, now: float) -> None:
-        self.by_steps = assignment.evaluate_steps is not None
-        self.interval = float(assignment.evaluate_steps or assignment.evaluate_seconds or 1)
-        self.due = self.interval if self.by_steps else now + self.interval
-        self.last = assignment.steps
-        self.running = False
-        self.number = 0
-        self.skipped = 0
-
-    def next(self, step: int, now: float) -> int | None:
-        """The step to ask for at `step` and `now`, None for none; the last step is asked for by the run's end."""
-        at = step if self.by_steps else now
-        while self.due < at and (self.running or self.by_steps):
-            self.due += self.interval
-            self.skipped += 1
-        if self.running or (not self.by_steps and now < self.due):
-            return None
-        wanted = int(self.due) if self.by_steps else step + 1
-        if wanted >= self.last:
-            return None
-        self.due = wanted + self.interval if self.by_steps else now + self.interval
-        self.running = True
-        self.number += 1
-        return wanted
 
 
 def _failure(name: str, event: ev.ProcessFailed) -> DistgdError:
@@ -374,8 +356,11 @@ def _failure(name: str, event: ev.ProcessFailed) -> DistgdError:
 
 def _diverged(step: int, bad: tuple[int, ...], stats: tuple[ev.SlotStats, ...]) -> Diverged:
     slots = ", ".join(map(str, bad))
+    do = "lower optimizer.lr, set optimizer.clip.norm, or look at these samples"
+    if step == 0:  # no learning rate has had its part in it
+        do = "look at the loss, the initial weights and these samples"
     found = {s.slot: f"loss {s.loss}, squared gradient norm {s.squared_norm}" for s in stats}
     return Diverged(
         f"step {step}, slot {slots}: expected a finite loss and gradient, found {found.get(bad[0], 'neither')}; "
-        "lower optimizer.lr, set optimizer.clip.norm, or look at these samples; it was not applied"
+        f"{do}; it was not applied"
     )

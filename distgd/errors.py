@@ -11,7 +11,16 @@ DistgdError                 exit 1
 
 from __future__ import annotations
 
+import importlib
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+OURS = {Path(__file__).parent, Path(importlib.__file__).parent}
+INSTALLED = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
 
 
 class DistgdError(Exception):
@@ -41,7 +50,16 @@ class BadInput(DistgdError):
         >>> str(BadInput.at("batch.size", "a number >= 1", 0, "set batch.size=64"))
         'batch.size: expected a number >= 1, found 0; set batch.size=64'
         """
-        return cls(f"{key}: expected {expected}, found {found!r}" + (f"; {do}" if do else ""))
+        return cls.described(key, expected, repr(found), do)
+
+    @classmethod
+    def described(cls, key: str, expected: str, found: str, do: str = "") -> BadInput:
+        """The same where what was found is told in words.
+
+        >>> str(BadInput.described("task.loss", "a scalar tensor", "a tensor of shape (4, 1)", "return its mean"))
+        'task.loss: expected a scalar tensor, found a tensor of shape (4, 1); return its mean'
+        """
+        return cls(f"{key}: expected {expected}, found {found}" + (f"; {do}" if do else ""))
 
 
 class RunFailed(DistgdError):
@@ -73,3 +91,37 @@ class Interrupted(DistgdError):
 
     exit_code = 130
     status = "interrupted"
+
+
+def users_error(error: BaseException) -> str:
+    """An error in the user's own code: what it says, then the frames of that code alone.
+
+    Where there is none of it, the frames of installed packages stand in.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not _is_below(f.filename, OURS)]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen importlib")]
+    own = [frame for frame in frames if not _is_below(frame.filename, INSTALLED)]
+    said = traceback.format_exception_only(error)
+    return "".join([*said, *traceback.format_list(own or frames)]).rstrip()
+
+
+def _is_below(file: str, folders: set[Path]) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in folders)
+
+
+@contextmanager
+def blaming(key: str, expected: str, do: str = "") -> Iterator[None]:
+    """Turn an error in the user's own code, or its call of `sys.exit`, into a `BadInput` about `key` with its frames.
+
+    >>> with blaming("task.path", "a module that imports"):
+    ...     raise ValueError("no such width")
+    Traceback (most recent call last):
+    distgd.errors.BadInput: task.path: expected a module that imports, found an error in it
+    ValueError: no such width
+    """
+    try:
+        yield
+    except DistgdError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadInput(f"{BadInput.described(key, expected, 'an error in it', do)}\n{users_error(error)}") from error

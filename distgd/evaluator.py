@@ -14,9 +14,9 @@ import torch
 
 from distgd import events as ev
 from distgd.layout import Slice
-from distgd.replica import Array, Replica
+from distgd.replica import Array, Blueprint, Replica
 from distgd.shard import ShardRules
-from distgd.sources import Source, open_source
+from distgd.sources import Source
 from distgd.transport.segments import Allocate
 from distgd.worker import TaskSource
 
@@ -28,6 +28,7 @@ class EvaluatorSpec:
     rules: ShardRules
     incarnation: int
     slices: tuple[Slice, ...]
+    blueprint: Blueprint
     task: TaskSource
     seed: int
     frozen: dict[str, Array]
@@ -38,11 +39,16 @@ class EvaluatorSpec:
     role = "evaluator"
 
     def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Evaluator:
-        """Build model and evaluation data."""
+        """Build model and evaluation data, and check that they are those of the driver.
+
+        Raises:
+            RunFailed: names, shapes or lengths differ from the driver's.
+        """
         torch.set_num_threads(self.threads)
-        task = self.task.load()
-        replica = Replica(task, self.seed, self.device, self.frozen)
-        return Evaluator(self, replica, open_source(task.eval_data()))  # type: ignore[attr-defined]
+        replica = Replica(self.task.load(), self.seed, self.device, self.frozen)
+        source = replica.eval_source()
+        self.blueprint.check(replica.blueprint(source), "eval_data")
+        return Evaluator(self, replica, source)
 
 
 @dataclass(frozen=True, slots=True)

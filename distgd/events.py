@@ -253,6 +253,25 @@ class LeaseExpired:
 
 
 @dataclass(frozen=True, slots=True)
+class Limit:
+    """Sync, to shard 0: decide no step from `steps` on, until a higher limit comes. Gradients go on gathering.
+
+    A limit below the steps that are decided already stands for their number: 0 ends the run as soon as possible.
+    """
+
+    timeline: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """Shard 0's answer to a `Limit`, behind its reports of all steps that it had decided: the limit that holds."""
+
+    timeline: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class TakeSnapshot:
     """Copy the first version that is at least `version` (the last at most). Sync: sent to shard 0 alone."""
 
@@ -356,6 +375,8 @@ MESSAGES: tuple[type, ...] = (
     Commit,
     StepCommitted,
     LeaseExpired,
+    Limit,
+    Limited,
     TakeSnapshot,
     LeaseRequested,
     LeaseGranted,

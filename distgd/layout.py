@@ -99,17 +99,16 @@ class Layout:
             BadInput: no trainable parameter, a dtype other than float32 or float64, several dtypes, or two parameters
                 that share memory without being the same parameter.
         """
+        check_memory(model)
         parameters = trainable(model)
-        if not parameters:
-            raise BadInput("task.model: expected at least one trainable parameter, found none; set requires_grad=True")
         for name, parameter in parameters.items():
             if parameter.dtype not in _DTYPES:
-                raise BadInput.at(f"parameter {name}", "float32 or float64", str(parameter.dtype), "call model.float()")
+                do = "keep real and imaginary part apart" if parameter.is_complex() else "call model.float()"
+                raise BadInput.described(f"task.model: {name}", "float32 or float64", str(parameter.dtype), do)
         dtypes = {parameter.dtype: name for name, parameter in parameters.items()}
         if len(dtypes) > 1:
             found = ", ".join(f"{name} {_DTYPES[dtype]}" for dtype, name in dtypes.items())
-            raise BadInput(f"parameters: expected one dtype, found {found}; call model.float() or model.double()")
-        _refuse_overlap(parameters)
+            raise BadInput.described("task.model", "one dtype", found, "call model.float() or model.double()")
         return cls.of(((n, tuple(p.shape)) for n, p in parameters.items()), _DTYPES[next(iter(dtypes))])
 
     @property
@@ -161,18 +160,56 @@ class Layout:
             parameter.data = views[name]
 
 
+def plain(name: str) -> str:
+    """A parameter's or buffer's name as it is without `torch.compile`.
+
+    >>> plain("_orig_mod.layers.0._orig_mod.weight")
+    'layers.0.weight'
+    """
+    return name.replace("_orig_mod.", "")
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter by its first plain name, in the model's order."""
+    return {plain(name): parameter for name, parameter in model.named_parameters()}
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that take a gradient, by their first name, in the model's order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Parameters that take a gradient, by their first plain name, in the model's order."""
+    return {name: p for name, p in parameters(model).items() if p.requires_grad}
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's `state_dict` under plain names: it loads into the model that `torch.compile` was given, too."""
+    return {plain(name): value for name, value in model.state_dict().items()}
+
+
+def check_memory(model: nn.Module) -> None:
+    """Refuse a model whose parameters cannot be trained apart; to be asked before it is copied, which unties them.
+
+    Raises:
+        BadInput: no trainable parameter, one without a shape or without values, or two that share memory.
+    """
+    for name, parameter in parameters(model).items():
+        if isinstance(parameter, nn.UninitializedParameter):
+            do = "call the model on an example before you return it"
+            raise BadInput.described(f"task.model: {name}", "a parameter with a shape", "a lazy one", do)
+        if parameter.is_meta:
+            do = "make it on the CPU"
+            raise BadInput.described(f"task.model: {name}", "a parameter with values", "one on the device meta", do)
+    if not trainable(model):
+        do = "add layers that have some, or set requires_grad=True"
+        raise BadInput.described("task.model", "at least one trainable parameter", "none", do)
+    _refuse_overlap(trainable(model))
 
 
 def _refuse_overlap(parameters: Mapping[str, nn.Parameter]) -> None:
     spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), n) for n, p in parameters.items())
     for (_, stop, one), (start, _, other) in pairwise(spans):
         if start < stop:
-            raise BadInput(
-                f"parameters {one} and {other}: expected separate memory, found that they overlap; "
-                "tie weights by assigning the same Parameter object to both places"
+            do = "tie weights by assigning the same Parameter object to both places"
+            raise BadInput.described(
+                "task.model", "parameters of separate memory", f"{one} and {other}, which overlap", do
             )
 
 
@@ -218,7 +255,7 @@ class BufferLayout:
         """Place every buffer of `model` in its own order."""
         entries, at = [], 0
         for name, buffer in model.named_buffers():
-            entries.append((name, str(buffer.dtype), tuple(buffer.shape), at))
+            entries.append((plain(name), str(buffer.dtype), tuple(buffer.shape), at))
             at += -(-buffer.numel() * buffer.element_size() // 8) * 8
         return cls(tuple(entries), at)
 

@@ -41,6 +41,9 @@ class Ledger:
 
     def __init__(self, slots: Iterable[Slot], limit: int | None) -> None:
         self._slots = iter(slots)
+        self._next = next(self._slots, None)
+        self.steps: int | None = None  # new slots are granted below this step alone
+        self.begun = 0  # steps of which a slot has been granted
         self._again: deque[Slot] = deque()  # slots whose lease ended otherwise than applied, oldest first
         self._limit = limit
         self._number = 0
@@ -51,12 +54,20 @@ class Ledger:
         """Lease the next slot to `worker`; None where the limit is reached or no slot is left to grant."""
         if self._limit is not None and len(self.open) >= self._limit:
             return None
-        slot = self._again.popleft() if self._again else next(self._slots, None)
+        slot = self._again.popleft() if self._again else self._take()
         if slot is None:
             return None
         self._number += 1
         lease = self.open[self._number] = Lease(self._number, worker, *slot, now)
         return lease
+
+    def _take(self) -> Slot | None:
+        slot = self._next
+        if slot is None or (self.steps is not None and slot[0] >= self.steps):
+            return None
+        self._next = next(self._slots, None)
+        self.begun = slot[0] + 1
+        return slot
 
     def end(self, number: int, *, applied: bool) -> Lease | None:
         """Close a lease; a slot that was not applied is granted again. None where the lease is closed already."""

@@ -1,8 +1,6 @@
-"""What a run will be, worked out and checked before anything is started.
+"""What a run will be: its parts, who is to play what, and what it will cost. `distgd.prepare` makes and checks it.
 
-`prepare` loads the task, builds the driver's model, tries one slot of real data, and says everything that can be wrong
-with the input as one `BadInput`. Nothing is written. The plan's model is the run's: its initial weights go to the
-servers, and the final ones come back into it.
+The plan's model is the run's: its initial weights go to the servers, and the final ones come back into it.
 """
 
 from __future__ import annotations
@@ -14,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distgd import weights
+from distgd.assignment import Assignment, Cast
 from distgd.config import Config, Every
-from distgd.driver import Assignment, Cast
-from distgd.errors import BadInput, DistgdError
 from distgd.evaluator import EvaluatorSpec
 from distgd.layout import Layout
 from distgd.ledger import assign
@@ -25,25 +21,28 @@ from distgd.optim import (
     OptimizerSpec,
     PieceOptimizer,
     Schedule,
-    check_groups,
-    resolve_optimizer,
-    resolve_schedule,
 )
 from distgd.reduce import maximal
-from distgd.replica import Replica, users_error
+from distgd.replica import Blueprint, Replica
 from distgd.server import ServerSpec
 from distgd.shard import ShardRules
-from distgd.sources import Order, Source, open_source
-from distgd.tasks import Task
+from distgd.sources import Order, Source
+from distgd.stopping import Judge
+from distgd.tasks import Pieces
 from distgd.worker import TaskSource, WorkerSpec
 
-TRIAL = 8  # held-out samples that are tried before the start
 EVAL_BATCH = 256  # samples per forward pass of an evaluation, at least
+ENDLESS = 1 << 40
+"""Steps of a run that no number of steps or epochs ends: more than any run commits."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run. `example` is a model input seen in the trial slot, None where the model takes something else."""
+    """A checked run.
+
+    `held_out` is what an evaluator must build, None where nothing is evaluated; `example` a model input seen in the
+    trial slot, None where the model takes something else.
+    """
 
     config: Config
     name: str
@@ -54,7 +53,7 @@ class Plan:
     steps: int
     optimizer: OptimizerSpec
     schedule: Schedule
-    evaluates: bool
+    held_out: Blueprint | None
     example: Tensor | None
     warnings: tuple[str, ...]
 
@@ -81,13 +80,24 @@ class Plan:
     @property
     def model_name(self) -> str:
         """The task as people call it."""
-        section = self.config.task
-        given = type(self.task.given).__name__ if self.task.given is not None else None
-        return given or section.name or section.path or "task"
+        section, given = self.config.task, self.task.given
+        if given is not None and not isinstance(given, Pieces):
+            return type(given).__name__
+        return section.name or section.path or section.model or "task"
+
+    @property
+    def planned_steps(self) -> int | None:
+        """How many steps the run has unless something ends it before; None where only that ends it."""
+        return self.steps if self.steps < ENDLESS else None
 
     def every_steps(self, every: Every) -> int | None:
         """A cadence in steps, None where it is in seconds."""
         return every.steps or (every.epochs * self.order.steps_per_epoch if every.epochs else None)
+
+    @property
+    def largest_message(self) -> int:
+        """Bytes of all weights and buffers."""
+        return self.layout.size * self.layout.itemsize + self.replica.buffer_layout.size
 
     # Who will play what.
 
@@ -100,7 +110,7 @@ class Plan:
             timeline,
             tuple(range(1, first_worker)),
             tuple(range(first_worker, after)),
-            after if self.evaluates else None,
+            after if self.held_out is not None else None,
         )
 
     def assignment(self) -> Assignment:
@@ -115,6 +125,8 @@ class Plan:
             self.schedule,
             self.every_steps(every),
             every.seconds,
+            self.config.stop.seconds,
+            Judge.of(self.config.stop, self.config.eval.best),
         )
 
     def specs(self, cast: Cast) -> dict[int, ServerSpec | WorkerSpec | EvaluatorSpec]:
@@ -134,6 +146,7 @@ class Plan:
         slices = self.layout.slices(len(cast.shards))
         flat = self.replica.flat.cpu().numpy()
         frozen = self.replica.frozen()
+        blueprint = self.replica.blueprint(self.source)
         specs: dict[int, ServerSpec | WorkerSpec | EvaluatorSpec] = {}
         for part, incarnation in zip(slices, cast.shards, strict=True):
             initial = flat[part.start : part.stop].copy()
@@ -154,7 +167,7 @@ class Plan:
                 rules,
                 incarnation,
                 slices,
-                self.layout,
+                blueprint,
                 self.task,
                 self.order,
                 config.run.seed,
@@ -164,11 +177,12 @@ class Plan:
                 config.cluster.threads,
                 self.quorum,
             )
-        if cast.evaluator is not None:
+        if cast.evaluator is not None and self.held_out is not None:
             specs[cast.evaluator] = EvaluatorSpec(
                 rules,
                 cast.evaluator,
                 slices,
+                self.held_out,
                 self.task,
                 config.run.seed,
                 frozen,
@@ -189,12 +203,21 @@ class Plan:
         slots = "batch.slots" if c.batch.slots else "batch.slots (unset, so one a worker)"
         return (
             f"{self.name}: {self.model_name}, {self.layout.count:,} parameters, {mode}{how}, "
-            f"{_many(c.cluster.workers, 'worker')}, {_many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
-            f"{self.steps:,} steps of {self.order.batch} samples"
+            f"{many(c.cluster.workers, 'worker')}, {many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
+            f"{self._length()} of {self.order.batch} samples"
         )
 
+    def _length(self) -> str:
+        """How long the run is, in words."""
+        stop, steps = self.config.stop, self.planned_steps
+        rules = [f"{stop.seconds:g} s"] if stop.seconds else []
+        rules += [f"stop.{name}" for name in ("target", "patience") if getattr(stop, name)]
+        if steps is None:
+            return f"steps until {' or '.join(rules)}"
+        return f"{steps:,} steps" + (f", or until {' or '.join(rules)}," if rules else "")
+
     def as_dict(self) -> dict[str, Any]:
-        """The plan as numbers: sizes in bytes."""
+        """The plan as numbers: sizes in bytes; `steps` is null where their number is not known."""
         itemsize, size = self.layout.itemsize, self.layout.size
         state = size * itemsize
         copies = _state_copies(self.optimizer, self.layout)
@@ -210,7 +233,7 @@ class Plan:
             "batch": self.order.batch,
             "slots": self.order.slots,
             "steps_per_epoch": self.order.steps_per_epoch,
-            "steps": self.steps,
+            "steps": self.planned_steps,
             "workers": self.config.cluster.workers,
             "servers": self.config.cluster.servers,
             "shard_elements": [part.size for part in self.layout.slices(self.config.cluster.servers)],
@@ -261,126 +284,6 @@ class Plan:
         ]
 
 
-def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan:
-    """Check everything that can be checked here and work out the run.
-
-    Raises:
-        BadInput: config, task or data cannot be used; the message says what to do.
-    """
-    where = TaskSource(config.task, config.data, task)
-    replica, source = _build(where, config)
-    size = len(source) if config.batch.size == "full" else config.batch.size
-    if size > len(source):
-        do = "set batch.size=full or a smaller number"
-        raise BadInput.at("batch.size", f"at most the {len(source)} samples of the training data", size, do)
-    order = Order(len(source), size, _slots(config, size), config.run.seed)
-    steps = _steps(config, order)
-    optimizer = resolve_optimizer(config.optimizer)
-    check_groups(optimizer, [entry.name for entry in replica.layout.entries])
-    schedule = resolve_schedule(config.schedule, steps)
-    _check_batch_norm(replica, order, steps)
-    _check_model(replica, config)
-    example = _try_one_slot(replica, source, order)
-    evaluates = hasattr(replica.task, "eval_data")
-    warnings = _warnings(config, order)
-    return Plan(config, name, where, replica, source, order, steps, optimizer, schedule, evaluates, example, warnings)
-
-
-def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:
-    try:
-        replica = Replica(where.load(), config.run.seed)
-        return replica, replica.train_source()
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: it could not be built\n{users_error(error)}") from error
-
-
-def _slots(config: Config, size: int) -> int:
-    slots = config.batch.slots or min(config.cluster.workers, size)
-    if slots > size:
-        do = "a slot holds at least one sample"
-        raise BadInput.at("batch.slots", f"at most the {size} samples of a batch", slots, do)
-    quorum = config.consistency.quorum
-    if quorum is not None and quorum > slots:
-        raise BadInput.at("consistency.quorum", f"at most batch.slots={slots}", quorum, "set batch.slots")
-    return slots
-
-
-def _steps(config: Config, order: Order) -> int:
-    limits = [config.stop.steps, config.stop.epochs and config.stop.epochs * order.steps_per_epoch]
-    return min(limit for limit in limits if limit)
-
-
-def _check_model(replica: Replica, config: Config) -> None:
-    weights.check(replica.model.state_dict())
-    for name, view in replica.layout.views(replica.flat).items():
-        if not bool(view.isfinite().all()):
-            raise BadInput.at("task.model", "finite initial weights", f"others in {name}", "look at its initialization")
-    cluster = config.cluster
-    if cluster.backend == "inprocess" and cluster.compute_device == "cuda" and not torch.cuda.is_available():
-        raise BadInput.at("cluster.device", "a CUDA GPU on this machine", "none", "set cluster.device=cpu")
-
-
-def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:
-    if not replica.has_batch_norm():
-        return
-    for step in {0, min(steps, order.steps_per_epoch) - 1}:  # only an epoch's last batch differs from its first
-        for slot in range(order.slots):
-            first, stop = order.places(step, slot)
-            if stop - first == 1:
-                raise BadInput.at(
-                    "batch.slots",
-                    "two samples or more in every slot, as the model has BatchNorm",
-                    f"one sample in slot {slot} of step {step}",
-                    f"choose batch.size and batch.slots so that the last batch of the {order.samples} samples fits",
-                )
-
-
-def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | None:
-    """Compute slot 0 of step 0 once: errors of the task show here, not on a cluster."""
-    seen: list[Any] = []
-    hook = replica.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-    before = replica.flat.clone()
-    try:
-        replica.gradient(source, order, 0, 0, replica.layout.zeros())
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: its first slot could not be computed\n{users_error(error)}") from error
-    finally:
-        hook.remove()
-    if hasattr(replica.task, "eval_data"):
-        _try_evaluation(replica)
-    _refuse_written(replica, before)
-    takes_one = bool(seen) and len(seen[0]) == 1 and isinstance(seen[0][0], Tensor)
-    return seen[0][0].detach().clone() if takes_one else None
-
-
-def _try_evaluation(replica: Replica) -> None:
-    try:
-        replica.evaluate(open_source(replica.task.eval_data()), TRIAL, samples=TRIAL)  # type: ignore[attr-defined]
-    except DistgdError:
-        raise
-    except Exception as error:
-        raise BadInput(f"task: it could not be evaluated\n{users_error(error)}") from error
-
-
-def _refuse_written(replica: Replica, before: Tensor) -> None:
-    views, former = replica.layout.views(replica.flat), replica.layout.views(before)
-    written = [name for name, view in views.items() if not torch.equal(view, former[name])]
-    if written:
-        do = "keep running values in buffers (register_buffer)"
-        raise BadInput.at("task.model", "parameters that only the optimizer changes", written, do)
-
-
-def _warnings(config: Config, order: Order) -> tuple[str, ...]:
-    workers, sync = config.cluster.workers, config.consistency.mode == "sync"
-    if not sync or workers <= order.slots:
-        return ()
-    return (f"{workers - order.slots} of {workers} workers are idle: a step has {_many(order.slots, 'slot')}",)
-
-
 def _state_copies(spec: OptimizerSpec, layout: Layout) -> int:
     """Vectors of the weights' size that the optimizer keeps, counted on one element."""
     trial = torch.zeros(1, dtype=layout.torch_dtype)
@@ -396,5 +299,10 @@ def _bytes(count: int) -> str:
     return f"{count} B"
 
 
-def _many(count: int, what: str) -> str:
+def many(count: int, what: str) -> str:
+    """A number of things, in words.
+
+    >>> many(2, "slot")
+    '2 slots'
+    """
     return f"{count} {what}" + ("s" if count != 1 else "")

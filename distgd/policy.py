@@ -79,7 +79,14 @@ class Survived:
     live: frozenset[int]
 
 
-Event = Arrived | Opened | Closed | Filled | Decided | Withdrawn | Survived
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """No step from `steps` on is to be decided, until a higher limit comes (shard 0)."""
+
+    steps: int
+
+
+Event = Arrived | Opened | Closed | Filled | Decided | Withdrawn | Survived | Limited
 
 # Decisions.
 
@@ -146,7 +153,14 @@ class ApplyPush:
     apply: bool
 
 
-Decision = Hold | Drop | Report | Propose | Decide | ApplyStep | ApplyPush
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The limit that holds now: it is never below what has been decided or is being measured."""
+
+    steps: int
+
+
+Decision = Hold | Drop | Report | Propose | Decide | ApplyStep | ApplyPush | Limit
 
 
 class Policy(Protocol):
@@ -164,7 +178,7 @@ class Staged:
     slots are covered is ignored; one that covers smaller ones takes their place while the tree is not full. With
     `quorum` below `slots` each slot is a push of its own, and the `filled(step)` slots that hold samples count.
     `measure` says that the norm of the decided slots is needed: a report of all slots carries it, under a quorum it
-    takes one more round.
+    takes one more round. Steps from `limit` on gather, and are decided once it is raised.
     """
 
     def __init__(
@@ -176,6 +190,7 @@ class Staged:
         self.quorum = quorum
         self.shards = shards
         self.measure = measure
+        self.limit: int | None = None
         self._clear(attempt=0)
 
     def _clear(self, attempt: int) -> None:
@@ -196,6 +211,8 @@ class Staged:
                 return self._decided(event)
             case Withdrawn():
                 return self._withdrawn(event)
+            case Limited():
+                return self._limited(event)
             case _:
                 return []
 
@@ -238,16 +255,22 @@ class Staged:
         if report.step != self.version or report.attempt != self.attempt or self.decision:
             return []
         if self.proposal is None:
-            return self._gathered(report)
+            before = self.filled.get(report.shard)
+            if before is None or len(report.slots) > len(before.slots):
+                self.filled[report.shard] = report
+            return self._gathered()
         if report.slots == self.proposal:
             self.measured.add(report.shard)
         return self._decide(self.proposal) if len(self.measured) == self.shards else []
 
-    def _gathered(self, report: Filled) -> list[Decision]:
-        before = self.filled.get(report.shard)
-        if before is None or len(report.slots) > len(before.slots):
-            self.filled[report.shard] = report
-        if len(self.filled) < self.shards:
+    def _limited(self, limited: Limited) -> list[Decision]:
+        under_way = self.decision is not None or self.proposal is not None
+        self.limit = max(limited.steps, self.version + under_way)
+        return [Limit(self.limit), *([] if under_way else self._gathered())]
+
+    def _gathered(self) -> list[Decision]:
+        """Decide the step, or measure it first, once every shard holds enough of it and the limit lets it."""
+        if len(self.filled) < self.shards or (self.limit is not None and self.version >= self.limit):
             return []
         common = frozenset.intersection(*(f.slots for f in self.filled.values()))
         if not self._enough(common):

@@ -151,9 +151,9 @@ def _clock(seconds: float) -> str:
 class _Pace:
     """Which events get a line of plain text.
 
-    The first step and the end always do; an evaluation does if a `LINES`-th of the run has passed since the last line,
-    a step if two have, so that a run without evaluations is not silent. Where the number of steps is not known, the
-    run's length so far stands for it, and lines get rarer as it goes on.
+    The first step and the end always do, the last step never; an evaluation does if a `LINES`-th of the run has passed
+    since the last line, a step if two have, so that a run without evaluations is not silent. Where the number of steps
+    is not known, the run's length so far stands for it, and lines get rarer as it goes on.
     """
 
     def __init__(self, steps: int | None) -> None:
@@ -161,6 +161,8 @@ class _Pace:
         self._last = 0
 
     def due(self, event: Mapping[str, Any]) -> bool:
+        if event["event"] == "step" and event["step"] == self._steps:
+            return False  # the end follows, with the last evaluation
         share = (self._steps or 4 * event["step"]) / LINES
         gap = {"eval": share, "step": 2 * share}.get(event["event"], 0.0)
         if self._last and event["step"] - self._last < gap:

@@ -1,7 +1,7 @@
 """What a tracker is, and the trackers that need nothing but the run folder.
 
 A tracker gets `start`, then any number of events, then `finish`. An event is a mapping
-`{"event": "step|eval|fault|end", "step", "version", "samples", "seconds", "metrics": {"train/loss": ...}}`;
+`{"event": "warning|step|eval|fault|end", "step", "version", "samples", "seconds", "metrics": {"train/loss": ...}}`;
 `seconds` count from the run's start. `metrics.jsonl` holds every one of them; a kill loses one second at most.
 Warnings go to the logger `distgd.tracking`.
 """
@@ -35,6 +35,7 @@ class RunInfo:
         data: `name`, `samples`, `digest` and `schema` of the training data.
         steps: how many steps are planned; None when a stop rule decides.
         uri, experiment: MLflow's store and experiment; a relative `sqlite:///` path starts at the current folder.
+        parent: MLflow's id of the run that this one is a part of, in the same store.
     """
 
     run_id: str
@@ -46,6 +47,7 @@ class RunInfo:
     steps: int | None = None
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "distgd"
+    parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class RunEnd:
     Args:
         status: completed, stopped, failed, diverged or interrupted.
         result: the result's fields; its numbers become metrics (`result/wall_s`), its strings tags (`result.bits`).
-        figure: the convergence figure.
-        weights: `model.safetensors`.
+        report: the folder of the report: a page and its pictures.
+        weights: the files of weights: `model.safetensors`, and `best.safetensors` where there is one.
         model: the torch module with the final weights. From here on it is the tracker's, which moves it to the CPU and
             puts it into evaluation mode.
         example: one batch of the model's input, an array or a tensor whose first dimension is the batch. Without one
@@ -65,8 +67,8 @@ class RunEnd:
 
     status: str
     result: Mapping[str, Any] = field(default_factory=dict)
-    figure: Path | None = None
-    weights: Path | None = None
+    report: Path | None = None
+    weights: tuple[Path, ...] = ()
     model: Any = None
     example: Any = None
 

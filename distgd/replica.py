@@ -9,13 +9,9 @@ The model's parameters are views of one flat vector on the device.
 
 from __future__ import annotations
 
-import sysconfig
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf, isfinite, nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,19 +19,27 @@ import torch
 from torch import Tensor, nn
 
 from distgd import tasks
-from distgd.errors import BadInput
+from distgd.errors import BadInput, RunFailed, blaming
 from distgd.events import SlotStats
-from distgd.layout import BufferLayout, Layout, Slice, squared, tensor_of, trainable
+from distgd.gradients import GradientTaker
+from distgd.layout import BufferLayout, Layout, Slice, parameters, tensor_of
 from distgd.optim import clip_scale
-from distgd.sources import Order, Source, count, open_source, seed_everything, slot_seed, to_device
+from distgd.sources import (
+    Batch,
+    Glimpse,
+    Order,
+    Source,
+    data_seed,
+    difference,
+    glimpse,
+    open_source,
+    seed_everything,
+    slot_seed,
+    to_device,
+)
 from distgd.transport.segments import Window
 
 Array = np.ndarray[Any, Any]
-
-BLOCK = 1 << 17
-"""Elements that are read twice at a time: the second time they come from the cache."""
-LARGE = 1 << 16
-"""Elements of a gradient that is worth a call of its own while autograd goes on."""
 
 
 @dataclass(frozen=True)
@@ -52,95 +56,58 @@ class SlotGradient:
         return cls(SlotStats(slot, samples, 0.0, 0.0, 0.0, 0.0), bad=False, buffers=None)
 
 
-class GradientTaker:
-    """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
+@dataclass(frozen=True)
+class Blueprint:
+    """What every process must build as the driver did: parameters, buffers, the data's length, schema and contents."""
 
-    A large one is moved as soon as autograd has it, in one pass after the one that made it. autograd keeps none: a
-    gradient that is one number for all elements never gets memory of its own, and any other's is free again before the
-    next one is made. Small ones are moved together at the end. Gradients of a large parameter that autograd finishes
-    twice, as under reentrant checkpointing, are added.
-    """
+    layout: Layout
+    buffers: BufferLayout
+    samples: int
+    schema: dict[str, Any]
+    glimpse: Glimpse
 
-    def __init__(self, layout: Layout, model: nn.Module) -> None:
-        self._layout = layout
-        self._parameters = trainable(model)
-        large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
-        self._small = {name: p for name, p in self._parameters.items() if name not in large}
-        self._places: dict[int, dict[str, Tensor]] = {}  # by the address of the flat vector, of which there are few
-        self._out: dict[str, Tensor] | None = None
-        self._scale = 1.0
-        self._squares: dict[str, float] = {}
-        with torch.enable_grad():
-            self._nodes = {name: torch.autograd.graph.get_gradient_edge(p).node for name, p in large.items()}
-        self._hooks = [node.register_prehook(partial(self._take, name)) for name, node in self._nodes.items()]
+    def check(self, found: Blueprint, data: str) -> None:
+        """Compare what a process has built.
 
-    def backward(self, loss: Tensor, out: Tensor, scale: float) -> float:
-        """Write `scale` times the gradient of `loss` to `out` (flat, CPU); return the square of the result's norm.
-
-        A parameter that the loss does not use has a zero gradient.
+        Args:
+            data: which data it is, `train_data` or `eval_data`.
 
         Raises:
-            BadInput: the loss has set gradients itself.
+            RunFailed: names, shapes, types, lengths or samples differ from the driver's; the message shows the
+                difference.
         """
-        if set_already := next((name for name, p in self._parameters.items() if p.grad is not None), None):
-            raise self._meddled(set_already)
-        if out.data_ptr() not in self._places:
-            self._places[out.data_ptr()] = {name: view.view(-1) for name, view in self._layout.views(out).items()}
-        self._out, self._scale, self._squares = self._places[out.data_ptr()], scale, {}
-        try:
-            loss.backward()  # type: ignore[no-untyped-call]
-            square = self._take_small(self._out)
-            for name in self._parameters.keys() - self._squares.keys() - self._small.keys():
-                self._out[name].zero_()
-        finally:
-            self._out = None
-        return square + sum(self._squares[name] for name in self._parameters if name in self._squares)
+        same = "build the same model from the same seed everywhere"
+        for what, theirs, ours in (
+            ("parameters", [(e.name, e.shape) for e in self.layout.entries], _shapes(found.layout)),
+            ("buffers", [entry[:3] for entry in self.buffers.entries], [entry[:3] for entry in found.buffers.entries]),
+            ("type", [self.layout.dtype], [found.layout.dtype]),
+        ):
+            if theirs != ours:
+                only = f"driver only {_without(theirs, ours)}, here only {_without(ours, theirs)}"
+                raise RunFailed(f"task.model: expected the driver's {what}, found others: {only}; {same}")
+        self._check_data(found, f"task.{data}")
 
-    def leave(self) -> None:
-        """Let the model's gradients be as torch has them."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _take(self, name: str, grads: tuple[Tensor, ...]) -> Any:
-        if self._out is None or self._parameters[name].grad is not None:
-            raise self._meddled(name)
-        place, grad = self._out[name], grads[0].reshape(-1)
-        if name in self._squares:
-            place.add_(grad.cpu(), alpha=self._scale)
-            self._squares[name] = _scaled(place, 1.0, place)
-        else:
-            self._squares[name] = _scaled(grad, self._scale, place)
-        return (None,)  # nothing is left to accumulate
-
-    def _take_small(self, out: Mapping[str, Tensor]) -> float:
-        square = 0.0
-        for name, parameter in self._small.items():
-            grad, parameter.grad = parameter.grad, None
-            if grad is None:
-                out[name].zero_()
-            else:
-                square += _scaled(grad.reshape(-1), self._scale, out[name])
-        return square
-
-    @staticmethod
-    def _meddled(name: str) -> BadInput:
-        do = "leave .grad, backward() and zero_grad() to the run"
-        return BadInput.at("task.loss", "a loss that leaves gradients alone", f"another .grad of {name}", do)
+    def _check_data(self, found: Blueprint, key: str) -> None:
+        if self.samples != found.samples:
+            do = "give every process the same data"
+            raise RunFailed(
+                f"{key}: expected the driver's {self.samples:,} samples, found {found.samples:,} here; {do}"
+            )
+        if self.schema != found.schema:
+            do = "give every process the same data"
+            raise RunFailed(f"{key}: expected the driver's samples of {self.schema}, found {found.schema} here; {do}")
+        if differs := difference(self.glimpse, found.glimpse):
+            do = "where data is random or listed, give it a seed or sort it, so that every process has the same"
+            raise RunFailed(f"{key}: expected the driver's samples, found others: {differs}; {do}")
 
 
-def _scaled(grad: Tensor, scale: float, out: Tensor) -> float:
-    """Write `scale` times `grad` to `out`, and return the sum of its squares, while each block is in the cache."""
-    if grad.device != out.device:
-        out.copy_(grad)
-        grad = out
-    if out.numel() <= BLOCK:
-        return squared(torch.mul(grad, scale, out=out))
-    total = 0.0
-    for first in range(0, out.numel(), BLOCK):
-        block = out[first : first + BLOCK]
-        torch.mul(grad[first : first + BLOCK], scale, out=block)
-        total += squared(block)
-    return total
+def _shapes(layout: Layout) -> list[tuple[Any, ...]]:
+    return [(entry.name, entry.shape) for entry in layout.entries]
+
+
+def _without(some: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The first few of `some` that are not among `others`; all of them in another order if that is the difference."""
+    return [each for each in some if each not in others][:5] or list(some[:5])
 
 
 class Replica:
@@ -164,14 +131,14 @@ class Replica:
         self.device = torch.device(device)
         self.clip = clip
         self.model = tasks.build(task, seed)
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in parameters(self.model).items():
             if frozen and name in frozen:
                 parameter.data.copy_(torch.from_numpy(frozen[name]))
         self.layout = Layout.of_model(self.model)
         self.model.to(self.device)
         self._window = Window(self.layout.size * self.layout.itemsize)
         self.flat = torch.from_numpy(self._window.memory).view(self.layout.torch_dtype).to(self.device)
-        self.layout.flatten(dict(self.model.named_parameters()), self.flat)
+        self.layout.flatten(parameters(self.model), self.flat)
         self.layout.adopt(self.model, self.flat)
         self.buffer_layout = BufferLayout.of_model(self.model)
         self.buffers = self.buffer_layout.pack(self.model)  # their committed value
@@ -179,7 +146,7 @@ class Replica:
 
     def frozen(self) -> dict[str, Array]:
         """Values of the parameters that take no gradient, by name."""
-        return {n: p.detach().cpu().numpy().copy() for n, p in self.model.named_parameters() if not p.requires_grad}
+        return {n: p.detach().cpu().numpy().copy() for n, p in parameters(self.model).items() if not p.requires_grad}
 
     def install(
         self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None, *, shared: bool = False
@@ -210,13 +177,13 @@ class Replica:
         indices = order.indices(step, slot)
         if not len(indices):
             return SlotGradient.empty(slot)
-        batch = to_device(source.batch(indices), self.device)
+        samples, batch = len(indices), self.batch(source, order, step, slot)
         self.buffer_layout.unpack(self.buffers, self.model)
         seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
         self.model.train()
-        loss, weight = self._loss(batch)
+        loss, weight = self._loss(batch, samples)
         if weight == 0.0:
-            return SlotGradient.empty(slot, count(batch))
+            return SlotGradient.empty(slot, samples)
         square = self._taker.backward(loss, out, weight if self.clip is None else 1.0)
         if self.clip is not None:
             out.mul_(clip_scale(square, self.clip)).mul_(weight)
@@ -224,48 +191,83 @@ class Replica:
             square /= weight * weight
         packed = self.buffer_layout.pack(self.model)
         changed = packed if not np.array_equal(packed, self.buffers) else None
-        stats = SlotStats(slot, count(batch), weight, float(loss.detach()), square, 0.0)
+        stats = SlotStats(slot, samples, weight, float(loss.detach()), square, 0.0)
         fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
         return SlotGradient(stats, bad=not (fits and isfinite(stats.loss)), buffers=changed)
 
-    def _loss(self, batch: Any) -> tuple[Tensor, float]:
+    def batch(self, source: Source, order: Order, step: int, slot: int) -> Batch:
+        """A slot's samples, on the device."""
+        seed_everything(data_seed(self.seed, order.epoch_of(step), step, slot))
+        return to_device(source.batch(order.indices(step, slot)), self.device)
+
+    def _loss(self, batch: Batch, samples: int) -> tuple[Tensor, float]:
         answer = self.task.loss(self.model, batch)
-        loss, weight = answer if isinstance(answer, tuple) else (answer, count(batch))
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise BadInput(f"task.loss: expected a scalar tensor, found {found}; return the mean over the samples")
-        if not 0.0 <= float(weight) < inf:
-            raise BadInput.at(
-                "task.loss", "a weight >= 0", float(weight), "return (mean, weight), such as tokens in it"
-            )
-        return loss.reshape(()), float(weight)
+        loss, weight = answer if isinstance(answer, tuple) and len(answer) == 2 else (answer, samples)
+        return _scalar(loss), _weight(weight)
 
     @torch.no_grad()
     def evaluate(self, source: Source, batch_size: int, samples: int | None = None) -> dict[str, float]:
-        """Means over the whole of `source`, whatever `batch_size`: the loss by its weight, metrics by samples.
+        """Metrics of the whole of `source`, whatever `batch_size`.
+
+        Means are exact: the loss by its weight, the task's `metrics` by samples. What the task's own `evaluate` returns
+        is added; it sees every batch of the set, in order.
 
         Args:
-            samples: only so many of them, for a trial.
+            samples: only so many of them, for a trial; `evaluate`, which is to see all, is then left out.
 
         Returns:
-            `loss`, and what the task's `metrics` names.
+            `loss`, and what the task's `metrics` and `evaluate` name.
+
+        Raises:
+            BadInput: `metrics` or `evaluate` returned something else than they should.
         """
-        stop = len(source) if samples is None else min(samples, len(source))
         self.buffer_layout.unpack(self.buffers, self.model)
         self.model.eval()
-        metrics = getattr(self.task, "metrics", None)
+        stop = len(source) if samples is None else min(samples, len(source))
+        means = self._means(self._batches(source, batch_size, stop))
+        own = getattr(self.task, "evaluate", None)
+        if own is None or samples is not None:
+            return means
+        batches = (batch for batch, _ in self._batches(source, batch_size, stop))
+        with blaming("task.evaluate", "evaluate(model, batches) to give numbers by name"):
+            found = _numbers(own(self.model, batches))
+        if taken := sorted(found.keys() & means.keys()):
+            do = "choose other names"
+            raise BadInput.at("task.evaluate", "names that neither the loss nor metrics have", taken, do)
+        return means | found
+
+    def _batches(self, source: Source, size: int, stop: int) -> Iterator[tuple[Batch, int]]:
+        """Batches in order, each with its number of samples; the same chance in each pass."""
+        seed_everything(data_seed(self.seed, 0, 0, 0))
+        for first in range(0, stop, size):
+            indices = np.arange(first, min(first + size, stop))
+            yield to_device(source.batch(indices), self.device), len(indices)
+
+    def _means(self, batches: Iterator[tuple[Batch, int]]) -> dict[str, float]:
         sums: dict[str, float] = {}
         weights: dict[str, float] = {}
-        for first in range(0, stop, batch_size):
-            batch = to_device(source.batch(np.arange(first, min(first + batch_size, stop))), self.device)
-            loss, weight = self._loss(batch)
-            parts = {"loss": (float(loss) * weight, weight)}
-            for name, value in (metrics(self.model, batch) if metrics else {}).items():
-                parts[name] = _weighted(value, count(batch))
+        for batch, samples in batches:
+            loss, weight = self._loss(batch, samples)
+            parts = {"loss": (float(loss) * weight, weight), **self._metrics(batch, samples)}
             for name, (value, weight) in parts.items():
                 sums[name] = sums.get(name, 0.0) + value
                 weights[name] = weights.get(name, 0.0) + weight
         return {name: value / weights[name] if weights[name] else nan for name, value in sums.items()}
+
+    def _metrics(self, batch: Batch, samples: int) -> dict[str, tuple[float, float]]:
+        """The sum of each of the task's metrics over a batch, and the samples in it."""
+        metrics = getattr(self.task, "metrics", None)
+        found: object = metrics(self.model, batch) if metrics else {}
+        do = 'return {"accuracy": (model(x).argmax(1) == y).float()} or its like'
+        if not isinstance(found, Mapping):
+            raise BadInput.described("task.metrics", "a mapping from names to tensors", _kind(found), do)
+        if wrong := [name for name in found if not isinstance(name, str)]:
+            raise BadInput.at("task.metrics", "names that are text", wrong, do)
+        if "loss" in found:
+            raise BadInput.at(
+                "task.metrics", "other names than loss, which is the loss's own", list(found), "rename it"
+            )
+        return {name: _weighted(name, value, samples) for name, value in found.items()}
 
     def plain_model(self) -> nn.Module:
         """The model with memory of its own for every parameter, on the CPU; this replica is of no use afterwards."""
@@ -276,29 +278,78 @@ class Replica:
 
     def train_source(self) -> Source:
         """The task's training data."""
-        return open_source(self.task.train_data())
+        return open_source(self.task.train_data(), getattr(self.task, "collate", None), "task.train_data")
+
+    def eval_source(self) -> Source:
+        """The task's held-out data; the task has `eval_data`."""
+        held_out = self.task.eval_data()  # type: ignore[attr-defined]
+        return open_source(held_out, getattr(self.task, "collate", None), "task.eval_data")
+
+    def blueprint(self, source: Source) -> Blueprint:
+        """What was built here, to be compared with what others built."""
+        seen = glimpse(source.batch, len(source), self.seed)
+        return Blueprint(self.layout, self.buffer_layout, len(source), source.schema(), seen)
 
     def has_batch_norm(self) -> bool:
         """Whether a slot of one sample cannot be trained on."""
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.modules())
 
 
-def _weighted(value: Tensor | float, samples: int) -> tuple[float, float]:
-    """A metric's sum and the samples in it, from a per-sample tensor or a mean."""
-    if isinstance(value, Tensor) and value.numel() > 1:
+def _scalar(loss: object) -> Tensor:
+    """A loss as a tensor without dimensions."""
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.reshape(())
+    raise BadInput.described("task.loss", "a scalar tensor", _kind(loss), "return the mean over the samples")
+
+
+def _weight(weight: object) -> float:
+    """A loss's weight as a number."""
+    number = _float(weight)
+    if number is None or not 0.0 <= number < inf:
+        do = "return (mean, weight), such as the tokens in it"
+        raise BadInput.described("task.loss", "a weight >= 0", _kind(weight) if number is None else f"{number}", do)
+    return number
+
+
+def _weighted(name: str, value: object, samples: int) -> tuple[float, float]:
+    """A metric's sum and the numbers in it, from a tensor with a row a sample or a mean."""
+    if isinstance(value, Tensor) and value.numel() > 1 and len(value) == samples:
         return float(value.double().sum()), float(value.numel())
-    return float(value) * samples, float(samples)
+    number = _float(value)
+    if number is None:
+        expected = f"a value for each of the {samples} samples, or their mean"
+        do = "return a tensor with a row a sample"
+        raise BadInput.described(f"task.metrics: {name}", expected, _kind(value), do)
+    return number * samples, float(samples)
 
 
-OURS = Path(__file__).parent
-INSTALLED = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
+def _float(value: Any) -> float | None:
+    """A number or a tensor of one; None where it is something else."""
+    try:
+        return None if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
-def users_error(error: BaseException) -> str:
-    """The message of an error in the user's own code, with the frames of that code alone.
+def _kind(value: object) -> str:
+    """What something is, in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)}"
+    if isinstance(value, str | int | float):
+        return f"the {type(value).__name__} {value!r}"
+    return "None" if value is None else f"a {type(value).__name__}"
 
-    Where there is none of it, the frames of installed packages stand in.
-    """
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not Path(f.filename).is_relative_to(OURS)]
-    own = [f for f in frames if not any(Path(f.filename).is_relative_to(folder) for folder in INSTALLED)]
-    return "\n".join([f"{type(error).__name__}: {error}", *traceback.format_list(own or frames)]).rstrip()
+
+def _numbers(found: object) -> dict[str, float]:
+    """What a task's `evaluate` returned, as floats."""
+    if not isinstance(found, Mapping):
+        raise BadInput.described(
+            "task.evaluate", "a mapping from names to numbers", _kind(found), 'return {"auc": ...}'
+        )
+    numbers = {str(name): _float(value) for name, value in found.items()}
+    for name, number in numbers.items():
+        if number is None:
+            raise BadInput.described(f"task.evaluate: {name}", "a number", _kind(found[name]), "return one a name")
+    return {name: number for name, number in numbers.items() if number is not None}

@@ -94,6 +94,7 @@ class Shard:
         self._pulls: list[tuple[int, ev.PullRequested]] = []  # reads of a version that is still to come
         self._published: Array | None = None  # a copy of this version's weights, shared by all answers
         self._snapshots: OrderedDict[int, ev.SnapshotSent] = OrderedDict()
+        self._limit: int | None = None  # shard 0: the first step that may not be decided yet
         self._due: dict[int, int] = {}  # snapshot number -> the version asked for
         self._snapshot_readers: dict[int, list[int]] = {}
         self._members = ev.MembershipChanged(rules.timeline, -1, frozenset(), -1, ())
@@ -128,6 +129,8 @@ class Shard:
             return f"{text}, {len(self._waiting)} pushes held"
         if self.version >= self.rules.last:
             return f"{text}, the last one"
+        if self._limit is not None and self.version >= self._limit:
+            return f"{text}, which stands until the driver lets the run go on"
         held = {k for node in self._staged for k in range(*node)}
         missing = [k for k in range(self.rules.slots) if k not in held]
         return f"{text}, waits for slots {missing}" if missing else f"{text}, full, waits for the decision"
@@ -144,6 +147,8 @@ class Shard:
                 return self._report(event.attempt, frozenset(event.slots), frozenset(), measure=True)
             case ev.Commit():
                 return self._committed(event)
+            case ev.Limit():
+                return self._obey(self.policy.handle(pol.Limited(event.steps)))
             case ev.LeaseExpired():
                 return self._obey(self.policy.handle(pol.Closed((event.worker, event.lease))))
             case ev.TakeSnapshot():
@@ -243,6 +248,9 @@ class Shard:
                     effects += self._propose(decision)
                 case pol.Decide():
                     effects += self._decide(decision)
+                case pol.Limit(steps):
+                    self._limit = steps
+                    effects.append(ev.Send(ev.DRIVER, ev.Limited(self.rules.timeline, steps)))
         return effects
 
     def _dropped(self, key: tuple[int, int], reason: str) -> list[ev.Effect]:
@@ -381,14 +389,21 @@ class Shard:
         at = min(ask.version, self.rules.last)
         if not (self.rules.staged and self.leads):
             self._due[ask.number] = at
+            for number in self._due:  # an earlier number that is due later never comes: the run ends here
+                self._due[number] = min(at, self._due[number]) if number < ask.number else self._due[number]
             return self._take_due()
         # Sync: the number travels with the decision that makes its version, so that all shards take the same one.
         self._due[ask.number] = at if at > self.version else self.version + 1
-        if self.version < self.rules.last:
+        stands = self._limit is not None and self.version >= self._limit and at <= self.version
+        if self.version < self.rules.last and not stands:
             return []
-        self._due[ask.number] = self.version
-        forward = replace(ask, version=self.version)
-        others: list[ev.Effect] = [ev.Send(shard, forward) for shard in self.rules.incarnations[1:]]
+        now = [number for number in self._due if number <= ask.number]
+        self._due |= dict.fromkeys(now, self.version)
+        others: list[ev.Effect] = [
+            ev.Send(shard, replace(ask, number=number, version=self.version))
+            for number in now
+            for shard in self.rules.incarnations[1:]
+        ]
         return [*others, *self._take_due()]
 
     def _take_due(self) -> list[ev.Effect]:

@@ -18,7 +18,8 @@ from distgd.events import SlotStats
 from distgd.optim import OptimizerSpec, Schedule
 from distgd.records import per_worker
 
-WINDOW = 20  # steps over which the throughput is taken
+WINDOW, WINDOW_SECONDS = 20, 0.5
+"""Steps over which the throughput is taken, and seconds at least: reports of several steps may come at once."""
 PHASES = ("compute", "push", "wait", "pull", "apply")
 
 
@@ -42,7 +43,7 @@ class Tally:
     staleness: array[int] = field(default_factory=lambda: array("l"))
 
     def __post_init__(self) -> None:
-        self._window: deque[tuple[float, int]] = deque([(self.began, 0)], maxlen=WINDOW)
+        self._window: deque[tuple[float, int]] = deque([(self.began, 0)])
 
     def stepped(
         self,
@@ -81,6 +82,8 @@ class Tally:
         else:
             self.step_seconds.append(now - self.last_commit)
         self.last_commit = now
+        while len(self._window) >= WINDOW and self._window[1][0] <= now - WINDOW_SECONDS:
+            self._window.popleft()
         then, before = self._window[0]
         self._window.append((now, self.samples))
         rates = {"time/step": self.step_seconds[-1] * 1e3} if self.step_seconds else {}

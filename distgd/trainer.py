@@ -1,6 +1,6 @@
 """A run from start to finish.
 
-    prepare   config and task are checked, the driver's model is built, one slot is tried    (distgd.plan)
+    prepare   config and task are checked, the driver's model is built, one slot is tried    (distgd.prepare)
     start     the run folder, the trackers, the cluster; everybody reports that it is ready
     train     messages go to the driver's state machine, its effects are performed
     finish    the last weights, the figure, the result; the cluster ends, whatever happened
@@ -11,44 +11,41 @@ MLflow's own store. Committed steps of a run that failed are in the first three;
 
 from __future__ import annotations
 
-import getpass
-import hashlib
 import json
 import logging
 import os
-import platform
-import secrets
-import shutil
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
 from distgd import events as ev
 from distgd import weights
-from distgd.cluster import Cluster, RayCluster, Resources
+from distgd.cluster import Cluster, RayCluster
 from distgd.config import Config, load
-from distgd.driver import Account, Driver, Effect, Finish, Log
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed
+from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed, blaming, users_error
 from distgd.inprocess import InProcessCluster
-from distgd.plan import Plan, prepare
-from distgd.records import Jsonl, Many, RunEnd, RunInfo, Tracker, strict
-from distgd.replica import users_error
-from distgd.report import convergence_figure
+from distgd.layout import state
+from distgd.plan import Plan
+from distgd.prepare import prepare
+from distgd.records import Jsonl, Many, RunEnd, Tracker
+from distgd.report import write_report
+from distgd.resources import by_role
+from distgd.result import Result, summarize
+from distgd.runfolder import give_back, missing, new_folder, refused_by_disk
+from distgd.runinfo import describe
+from distgd.signals import interruptible
 from distgd.sources import undisturbed
-from distgd.tasks import Task
-from distgd.tracking import Mlflow, absolute
+from distgd.stopping import Stop
+from distgd.tasks import Pieces, Task, tracker
+from distgd.tracking import Mlflow, absolute, active_run
 
-__all__ = ["Plan", "Result", "launch", "prepare", "train"]
+__all__ = ["Plan", "Result", "launch", "new_folder", "prepare", "train"]
 
 log = logging.getLogger("distgd.trainer")
 
@@ -56,68 +53,95 @@ POINTS = 1000  # of each metric in MLflow, where the config does not say
 REST = 0.005  # seconds between two looks at what shards have committed
 STATUS_SECONDS = 3.0  # how long processes get to say what they do before a deadline's error is written
 
-Watch = Callable[[dict[str, Any]], None]
+Watch = Callable[[dict[str, Any]], object]
+"""Sees every event on the driver; ends the run cleanly where it returns a `Stop`."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a run came to; `as_dict` is the object that `--json` prints, which leaves the weights out.
-
-    `samples_per_s` is measured from the first commit to the last, `start_s` from the process's start to the first
-    commit, `step_ms` between commits. `state_dict` loads into the plain torch model; it is empty where the run failed.
-    """
-
-    run_id: str
-    mlflow_run_id: str | None
-    run_dir: str
-    status: str
-    mode: str
-    workers: int
-    servers: int
-    slots: int
-    steps: int
-    versions: int
-    samples: int
-    samples_per_s: float | None
-    step_ms: dict[str, float | None]
-    staleness: dict[str, float | None]
-    wall_s: float
-    start_s: float | None
-    bits: str
-    weights_sha256: str | None
-    metrics: dict[str, float]
-    dropped_samples: int
-    late_slots: int
-    skipped_evaluations: int
-    state_dict: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the weights, ready for JSON."""
-        fields = {name: value for name, value in self.__dict__.items() if name != "state_dict"}
-        return strict(fields)  # type: ignore[no-any-return]
-
-
-def train(config: str | Path | Mapping[str, Any] | Config, *overrides: str, task: Task | None = None) -> Result:
+def train(
+    config: str | Path | Mapping[str, Any] | Config,
+    *overrides: str,
+    model: Any = None,
+    loss: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    metrics: Any = None,
+    evaluate: Any = None,
+    collate: Any = None,
+    task: Task | None = None,
+    on_event: Watch | None = None,
+) -> Result:
     """Train what `config` says: a path, a mapping or a `Config`, with `section.key=value` overrides behind it.
+
+    The task is the config's, or given here: piece by piece, or as one object. The pieces mean what a task's methods of
+    these names do (`distgd.tasks`), and data may be given as it is. They travel to the processes of the run by pickle;
+    prefer functions that build model and data there to large objects.
 
     >>> result = train("configs/quickstart.yaml", "cluster.workers=4")  # doctest: +SKIP
     >>> model.load_state_dict(result.state_dict)  # doctest: +SKIP
 
     Args:
-        task: model, loss and data as an object; it takes the place of the config's `task`.
+        model: a `torch.nn.Module`, or a class or function that makes one; built after torch has been seeded.
+        loss: (model, batch) -> the mean over the samples, a scalar; or (mean, weight) where it is over other things.
+        train_data, eval_data: a tensor, a tuple or dict of tensors, a map-style dataset, or a function that returns it.
+        metrics: (model, batch) -> {name: a value a sample, or a mean over the batch}.
+        evaluate: (model, batches) -> {name: number}, over the whole held-out set.
+        collate: a batch from a list of a dataset's samples.
+        task: all of these as the methods of one object.
+        on_event: sees every committed step, evaluation and fault, here in the driver's thread, as `metrics.jsonl` has
+            it. It ends the run cleanly by returning `distgd.Stop("why")`; an exception in it fails the run.
 
     Raises:
         BadInput: nothing was started.
         Diverged, RunFailed, Interrupted: with `.result`, which says what was reached.
     """
+    began = time.time()
     if not isinstance(config, str | Path | Mapping | Config) or not all(isinstance(o, str) for o in overrides):
-        raise BadInput.at("train", "a path, a mapping or a Config, then overrides as text", [config, *overrides])
+        do = 'such as train("run.yaml", "batch.size=64")'
+        raise BadInput.at("train", "a path, a mapping or a Config, then overrides as text", [config, *overrides], do)
     if isinstance(task, type):
         raise BadInput.at("task", "an object", task.__name__, f"make one: task={task.__name__}(...)")
+    pieces = {
+        "model": model,
+        "loss": loss,
+        "train_data": train_data,
+        "eval_data": eval_data,
+        "metrics": metrics,
+        "evaluate": evaluate,
+        "collate": collate,
+    }
+    given = {name: piece for name, piece in pieces.items() if piece is not None}
+    if given and task is not None:
+        raise BadInput.at("task", "either task= or the pieces of one", ["task", *given], "leave one of them out")
+    if given:
+        task = cast(Task, Pieces(**given))
+    if on_event is not None and not callable(on_event):
+        raise BadInput.at("on_event", "a function of an event", on_event, "give the function itself")
     if task is not None:  # on record it is the object, whatever the config names
-        overrides += (f"task={{path: '{type(task).__module__}:{type(task).__qualname__}'}}",)
+        overrides += (f"task={json.dumps(_origin(task))}",)
     name = Path(config).stem if isinstance(config, str | Path) else "run"
-    return launch(load(config, overrides, os.environ), name, lambda event: None, task=task, began=time.time())
+    watch = _recorded_only(on_event) if on_event is not None else lambda event: None
+    return launch(load(config, overrides, os.environ), name, watch, task=task, began=began)
+
+
+def _origin(task: Task) -> dict[str, str]:
+    if isinstance(task, Pieces):
+        return task.origin()
+    return {"path": f"{type(task).__module__}:{type(task).__qualname__}"}
+
+
+def _recorded_only(on_event: Watch) -> Watch:
+    """Pass on the events that `metrics.jsonl` has, as copies that may be changed."""
+
+    def watch(event: dict[str, Any]) -> object:
+        if event["event"] == "start":
+            return None
+        with blaming("on_event", "a function that takes every event"):
+            answer = on_event({**event, "metrics": dict(event["metrics"])})
+        if answer is Stop:
+            raise BadInput.described("on_event", "a Stop or None", "the class itself", 'return distgd.Stop("why")')
+        return answer
+
+    return watch
 
 
 def launch(
@@ -129,7 +153,7 @@ def launch(
     began: float | None = None,
     cluster: Cluster | None = None,
 ) -> Result:
-    """`train` with the config resolved; `watch` sees every event on the driver.
+    """`train` with the config resolved; `watch` sees every event on the driver, the start among them.
 
     Args:
         name: begins the run folder's name where the config does not give one.
@@ -137,84 +161,111 @@ def launch(
         cluster: where processes live, if not where the config says.
     """
     with undisturbed():
+        config, parent = _in_active_run(config)
         plan = prepare(_absolute(config), task, name)
-        run_dir = _run_dir(plan.config, name)
-        run = _Run(plan, run_dir, watch, began if began is not None else time.time())
-        with _interruptible(lambda: run.closing) as run.listen_to_signals:
+        also = [tracker(path) for path in config.tracking.also]
+        made = missing(Path(plan.config.run.storage))
+        run_dir = new_folder(plan.config, name)
+        run = _Run(plan, run_dir, watch, began if began is not None else time.time(), parent, also)
+        run.made = made
+        with interruptible(lambda: run.closing) as run.listen_to_signals:
             return run.execute(cluster)
+
+
+def _in_active_run(config: Config) -> tuple[Config, str | None]:
+    """A run that this process has open in MLflow becomes the parent; where the config is silent, its store is used."""
+    tracking, active = config.tracking, active_run()
+    if active is None or tracking.uri == "none":
+        return config, None
+    given = tracking.model_fields_set
+    if "uri" in given and absolute(tracking.uri) != active.uri:
+        where = absolute(tracking.uri)
+        log.warning("MLflow: the active run is in %s, and tracking.uri is %s; it is no parent", active.uri, where)
+        return config, None
+    experiment = tracking.experiment if "experiment" in given else active.experiment
+    changed = tracking.model_copy(update={"uri": active.uri, "experiment": experiment})
+    return config.model_copy(update={"tracking": changed}), active.run_id
 
 
 def _absolute(config: Config) -> Config:
     """Paths are relative to the current folder; from here on they are absolute."""
-    path = config.data.path and str(Path(config.data.path).absolute())
     changed = {
         "run": config.run.model_copy(update={"storage": str(Path(config.run.storage).absolute())}),
-        "data": config.data.model_copy(update={"path": path}),
+        "data": config.data.absolute(),
         "tracking": config.tracking.model_copy(update={"uri": absolute(config.tracking.uri)}),
     }
     return config.model_copy(update=changed)
 
 
-def _run_dir(config: Config, name: str) -> Path:
-    stamp = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    run_dir = Path(config.run.storage) / (config.run.name or stamp)
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise BadInput.at("run.name", "a new run folder", str(run_dir), "choose another with run.name=")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        do = f"{error.strerror}; set it to a folder that can be written"
-        raise BadInput.at("run.storage", "a folder for run folders", config.run.storage, do) from error
-    return run_dir
-
-
 class _Run:
     """The parts of one run and the order in which they begin and end."""
 
-    def __init__(self, plan: Plan, run_dir: Path, watch: Watch, began: float) -> None:
+    def __init__(
+        self, plan: Plan, run_dir: Path, watch: Watch, began: float, parent: str | None, also: list[Tracker]
+    ) -> None:
         self.listen_to_signals: Callable[[], None] = lambda: None
         self.plan = plan
         self.run_dir = run_dir
+        self.made: list[Path] = []  # folders that were made for the run folder
         self.watch = watch
         self.began = began
+        self.parent = parent
         self.driver: Driver | None = None
         self.first_commit: float | None = None  # seconds since `began`
         self.closing = False
         self.cast = plan.cast()
         self.mlflow = _mlflow(plan) if plan.config.tracking.uri != "none" else None
-        self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []))
-        self.ledger: IO[str] = (run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []), *also)
+        self.ledger: IO[str]
+        self.files = ExitStack()
+        self.final: dict[str, Tensor] = {}  # the last version, once it is here
 
     def execute(self, cluster: Cluster | None) -> Result:
         """Everything after the checks; the cluster is closed and the trackers are told, whatever happens."""
-        (self.run_dir / "config.yaml").write_text(self.plan.config.to_yaml(), encoding="utf-8")
-        self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.steps})
-        for warning in self.plan.warnings:
-            log.warning("%s", warning)
-        self.tracker.start(self._info())
         error: DistgdError | None = None
         try:
+            self._begin()
             self._train(cluster or _cluster(self.plan))
         except KeyboardInterrupt:
             error = Interrupted("interrupted; what was committed so far is in " + str(self.run_dir))
-        except DistgdError as raised:
-            error = raised
         except Exception as raised:  # noqa: BLE001 - the trackers are told, whatever it is
-            error = RunFailed(users_error(raised))
-            error.__cause__ = raised
-        finally:
-            self.ledger.close()
+            error = self._error(raised)
+        self.closing = True  # the end of a run takes a bounded time, and is not cut in two
+        try:
+            self._save_final()
+            self.files.close()
+        except Exception as raised:  # noqa: BLE001 - likewise
+            error = error or self._error(raised)
         if isinstance(error, BadInput) and self.first_commit is not None:
             error = RunFailed(str(error))
-        self.closing = True  # the end of a run takes a bounded time, and is not cut in two
         result = self._finish(error)
         if isinstance(error, BadInput):  # found on the cluster; the same command, corrected, starts anew
-            shutil.rmtree(self.run_dir, ignore_errors=True)
+            give_back(self.run_dir, self.made)
             raise error
         if error is not None:
             error.result = result
             raise error
         return result
+
+    def _begin(self) -> None:
+        """The run folder's files, the trackers, and what the plan warns of."""
+        (self.run_dir / "config.yaml").write_text(self.plan.config.to_yaml(), encoding="utf-8")
+        ledger = (self.run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.ledger = self.files.enter_context(ledger)
+        self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.planned_steps})
+        self.tracker.start(describe(self.plan, self.run_dir, self.parent))
+        for warning in self.plan.warnings:
+            log.warning("%s", warning)
+            at = {"step": 0, "version": 0, "samples": 0, "seconds": 0.0, "metrics": {}}
+            self.tracker.log({"event": "warning", **at, "message": warning})
+
+    def _error(self, raised: Exception) -> DistgdError:
+        if isinstance(raised, DistgdError):
+            return raised
+        refused = refused_by_disk(raised, self.run_dir) if isinstance(raised, OSError) else None
+        error = refused or RunFailed(users_error(raised))
+        error.__cause__ = raised
+        return error
 
     def _train(self, cluster: Cluster) -> None:
         try:
@@ -249,7 +300,9 @@ class _Run:
             elif isinstance(event, ev.ProcessFailed | ev.ProcessLost):
                 driver = Driver(self.cast, self.plan.assignment(), cluster.now())
                 finish = self._perform(cluster, driver.handle(source, event, cluster.now()))
-                raise finish.error if finish and finish.error else RunFailed(f"{self.cast.name(source)} did not start")
+                why = f": {event.why}" if isinstance(event, ev.ProcessLost) else ""
+                did_not = RunFailed(f"{self.cast.name(source)} did not start{why}")
+                raise finish.error if finish and finish.error else did_not
 
     def _listen(self, cluster: Cluster, driver: Driver) -> Finish:
         committed, since = 0, cluster.now()
@@ -262,7 +315,7 @@ class _Run:
             if finish is not None:
                 return finish
             done = driver.tally.versions + len(driver.final)
-            if done != committed or driver.tally.steps == self.plan.steps:
+            if done != committed or driver.tally.steps >= driver.steps:
                 committed, since = done, cluster.now()
 
     def _stuck(self, cluster: Cluster, driver: Driver, seconds: float) -> DistgdError:
@@ -279,123 +332,103 @@ class _Run:
             f"  {self.cast.name(i)}: {answers.get(i, 'does not answer: it computes, or is stopped')}"
             for i in self.cast.everybody
         ]
-        over = driver.tally.steps >= self.plan.steps
+        over = driver.tally.steps >= driver.steps
         who = "the last version to be sent and evaluated" if over else f"step {driver.tally.steps} to be committed"
         do = f"set cluster.deadline higher than {self.plan.config.cluster.deadline:g} s if that is what they need"
         phase = "evaluate" if over else "train"
         return DeadlineExceeded.waiting(who, phase, seconds, f"{do}; what each process does:\n" + "\n".join(lines))
 
     def _perform(self, cluster: Cluster, effects: list[Effect]) -> Finish | None:
+        stop: Stop | None = None
         for effect in effects:
             match effect:
                 case ev.Send(to, message):
                     cluster.send(to, message)
                 case Log(event):
-                    self._tell(event)
                     self.tracker.log(event)
+                    told = self._tell(event)
+                    stop = told if isinstance(told, Stop) else stop
+                case Keep(best):
+                    weights.save(self._state_of(best.parts), self.run_dir / "best.safetensors")
                 case Account(line):
                     self.ledger.write(json.dumps(line) + "\n")
                 case Finish():
                     return effect
+        if stop is not None and self.driver is not None:  # behind what was decided before, which may go on
+            return self._perform(cluster, self.driver.stop(stop))
         return None
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _tell(self, event: dict[str, Any]) -> object:
         if event["event"] == "step" and self.first_commit is None:
             self.first_commit = time.time() - self.began
-        self.watch(event)
+        return self.watch(event)
 
     # The end.
 
     def _finish(self, error: DistgdError | None) -> Result:
-        status = error.status if error is not None else "completed"
-        state: dict[str, Tensor] = {}
-        if self.driver is not None and self.driver.whole:
-            state = self._final_state()
-            weights.save(state, self.run_dir / "model.safetensors")
-        result = self._result(status, state)
-        end = {"event": "end", "status": status, "step": result.steps, "version": result.versions}
-        more = {"samples": result.samples, "seconds": self._seconds(), "metrics": result.metrics}
-        self._tell({**end, **more})
-        self.tracker.log({**end, **more})
-        figure = self._figure()
+        stopped = self.driver is not None and self.driver.stopped
+        status = error.status if error is not None else "stopped" if stopped else "completed"
+        result = self._result(status)
+        self._last_event(result, str(error) if error is not None else None)
+        files = (self.run_dir / "model.safetensors", self.run_dir / "best.safetensors")
         self.tracker.finish(
             RunEnd(
                 status,
-                {k: v for k, v in result.as_dict().items() if k not in ("metrics", "run_dir", "mlflow_run_id")},
-                figure,
-                self.run_dir / "model.safetensors" if state else None,
-                self.plan.replica.plain_model() if state else None,
+                {k: v for k, v in result.as_dict().items() if k not in ("metrics", "run_dir", "mlflow_run_id", "best")},
+                self._report(),
+                tuple(file for file in files if file.exists()),
+                self.plan.replica.plain_model() if self.final else None,
                 self.plan.example,
             )
         )
-        return self._result(status, state)
+        return self._result(status)
+
+    def _save_final(self) -> None:
+        if self.driver is not None and self.driver.whole:
+            self.final = self._state_of(self.driver.final)
+            weights.save(self.final, self.run_dir / "model.safetensors")
+
+    def _last_event(self, result: Result, message: str | None) -> None:
+        place = {"step": result.steps, "version": result.versions, "samples": result.samples}
+        more = {"seconds": self._seconds(), "metrics": result.metrics, "ended_by": result.ended_by}
+        reached = {k: v for k, v in result.as_dict().items() if k not in ("metrics", "run_dir")}
+        end = {"event": "end", "status": result.status, **place, **more, "message": message, "result": reached}
+        self.tracker.log(end)
+        try:
+            self._tell(end)
+        except Exception as error:  # noqa: BLE001 - the run is over, and its result is not lost for this
+            said = str(error) if isinstance(error, DistgdError) else users_error(error)
+            log.warning("on_event failed at the end of the run: %s", said)
 
     def _seconds(self) -> float:
         return self.driver.tally.last_commit - self.driver.tally.began if self.driver else 0.0
 
-    def _final_state(self) -> dict[str, Tensor]:
-        assert self.driver is not None
-        replica, final = self.plan.replica, self.driver.final
+    def _state_of(self, parts: Mapping[int, ev.SnapshotSent]) -> dict[str, Tensor]:
+        """The model's state from every shard's part of a snapshot."""
+        replica = self.plan.replica
         slices = replica.layout.slices(len(self.cast.shards))
-        replica.install(slices, {shard: sent.weights for shard, sent in final.items()}, final[0].buffers)
+        replica.install(slices, {shard: sent.weights for shard, sent in parts.items()}, parts[0].buffers)
         replica.buffer_layout.unpack(replica.buffers, replica.model)
-        return weights.copy(replica.model.state_dict())
+        return weights.copy(state(replica.model))
 
-    def _figure(self) -> Path | None:
-        """The convergence figure; it is a picture of the run and never the end of it."""
-        out = self.run_dir / "report" / "convergence.png"
+    def _report(self) -> Path | None:
+        """The report; it is about the run and never the end of it."""
         try:
-            out.parent.mkdir(exist_ok=True)
-            return convergence_figure(self.run_dir / "metrics.jsonl", out, self.plan.headline().split(",")[0])
-        except Exception as error:  # noqa: BLE001 - a picture is not worth a run
-            log.warning("the convergence figure could not be drawn: %s", error)
+            return write_report(self.run_dir).parent
+        except Exception as error:  # noqa: BLE001 - a page is not worth a run
+            log.warning("the report could not be written: %s", error)
             return None
 
-    def _result(self, status: str, state: dict[str, Tensor]) -> Result:
-        config, tally = self.plan.config, self.driver.tally if self.driver else None
-        nothing: dict[str, float | None] = {}
-        return Result(
-            run_id=self.run_dir.name,
-            mlflow_run_id=self.mlflow.run_id if self.mlflow else None,
+    def _result(self, status: str) -> Result:
+        return summarize(
+            self.plan,
+            self.driver,
+            self.final,
             run_dir=str(self.run_dir),
+            mlflow_run_id=self.mlflow.run_id if self.mlflow else None,
             status=status,
-            mode=config.consistency.mode,
-            workers=config.cluster.workers,
-            servers=config.cluster.servers,
-            slots=self.plan.order.slots,
-            steps=tally.steps if tally else 0,
-            versions=tally.versions if tally else 0,
-            samples=tally.samples if tally else 0,
-            samples_per_s=tally.samples_per_s() if tally else None,
-            step_ms=tally.step_ms() if tally else nothing,
-            staleness=tally.staleness_quantiles() if tally else nothing,
-            wall_s=time.time() - self.began,
-            start_s=self.first_commit,
-            bits=self.plan.bits,
-            weights_sha256=weights.fingerprint(state) if state else None,
-            metrics=tally.metrics if tally else {},
-            dropped_samples=tally.dropped if tally else 0,
-            late_slots=tally.late_slots if tally else 0,
-            skipped_evaluations=tally.skipped_evaluations if tally else 0,
-            state_dict=state,
-        )
-
-    def _info(self) -> RunInfo:
-        plan = self.plan
-        schema = json.dumps(plan.source.schema(), default=str, sort_keys=True)
-        described = f"{plan.model_name} {len(plan.source)} {schema}"
-        digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-        data = {"name": plan.model_name, "samples": len(plan.source), "digest": digest, "schema": plan.source.schema()}
-        return RunInfo(
-            run_id=self.run_dir.name,
-            name=self.run_dir.name,
-            run_dir=self.run_dir,
-            params=plan.config.flat(),
-            tags=_tags(plan),
-            data=data,
-            steps=plan.steps,
-            uri=plan.config.tracking.uri,
-            experiment=plan.config.tracking.experiment,
+            began=self.began,
+            first_commit=self.first_commit,
         )
 
 
@@ -404,58 +437,13 @@ def _cluster(plan: Plan) -> Cluster:
     if config.cluster.backend == "inprocess":
         torch.set_num_threads(config.cluster.threads)
         return InProcessCluster(config.run.seed)
-    resources = {
-        "server": Resources(1.0, 0.0),
-        "worker": Resources(config.cluster.cpus, config.cluster.gpus),
-        "evaluator": Resources(config.eval.cpus, config.eval.gpus),
-    }
-    state = plan.layout.size * plan.layout.itemsize + plan.replica.buffer_layout.size
     rest = REST if plan.staged else 0.0  # elsewhere workers wait for leases
-    return RayCluster(config.cluster.address, resources, config.cluster.start_seconds, state, rest)
+    cluster = config.cluster
+    return RayCluster(cluster.address, by_role(config), cluster.start_seconds, plan.largest_message, rest)
 
 
 def _mlflow(plan: Plan) -> Mlflow:
-    every = plan.config.tracking.every
+    every, steps = plan.config.tracking.every, plan.planned_steps
     if every is None:
-        return Mlflow(every_steps=max(1, plan.steps // POINTS))
+        return Mlflow(None if steps is None else max(1, steps // POINTS))
     return Mlflow(plan.every_steps(every) or 1, every.seconds)
-
-
-def _tags(plan: Plan) -> dict[str, str]:
-    packages = {f"version.{name}": version(name) for name in ("distgd", "torch", "ray", "numpy")}
-    with suppress(OSError, subprocess.SubprocessError):
-        described = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        ).stdout.strip()
-        packages |= {"mlflow.source.git.commit": described} if described else {}
-    with suppress(KeyError, OSError):  # a user id without a name
-        packages["mlflow.user"] = getpass.getuser()
-    packages |= {"mlflow.source.name": "distgd", "host": platform.node(), "python": platform.python_version()}
-    return {**packages, "bits": plan.bits}
-
-
-@contextmanager
-def _interruptible(deaf: Callable[[], bool]) -> Iterator[Callable[[], None]]:
-    """SIGTERM ends a run as Ctrl-C does, and neither interrupts what ends the processes.
-
-    Yields what sets the handlers once more, after somebody else did. Elsewhere than in the main thread nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def interrupt(*_: object) -> None:
-        if not deaf():
-            raise KeyboardInterrupt
-
-    def listen() -> None:
-        for number in before:
-            signal.signal(number, interrupt)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    listen()
-    try:
-        yield listen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -57,7 +60,7 @@ def check(state: Mapping[str, Any]) -> None:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         if found not in _DTYPES:
             do = "keep it out of the state_dict (register_buffer(..., persistent=False), no get_extra_state)"
-            raise BadInput.at(f"task.model: {name}", "a tensor of a plain dtype", str(found), do)
+            raise BadInput.described(f"task.model: {name}", "a tensor of a plain dtype", str(found), do)
 
 
 def copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,8 +89,17 @@ def save(state: Mapping[str, Tensor], path: Path) -> Path:
     """Write a `state_dict` as safetensors, every name with a tensor of its own, so that plain torch loads it strictly.
 
     A file that is there is replaced at once or not at all.
+
+    Raises:
+        OSError: the disk refuses it.
     """
     part = path.with_suffix(".part")
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
-    part.replace(path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}, part)
+        part.replace(path)
+    except SafetensorError as error:  # it tells the number of what the system refused in its text alone
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
     return path

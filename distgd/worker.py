@@ -21,10 +21,10 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd.config import Data, TaskSection
-from distgd.errors import BadInput, RunFailed
-from distgd.layout import Layout, Slice
+from distgd.errors import BadInput
+from distgd.layout import Slice
 from distgd.reduce import Node, Sum, Tree, maximal
-from distgd.replica import Replica, SlotGradient
+from distgd.replica import Blueprint, Replica, SlotGradient
 from distgd.shard import ShardRules
 from distgd.sources import Order
 from distgd.tasks import Task, load
@@ -53,7 +53,7 @@ class WorkerSpec:
     rules: ShardRules
     incarnation: int
     slices: tuple[Slice, ...]
-    layout: Layout
+    blueprint: Blueprint
     task: TaskSource
     order: Order
     seed: int
@@ -69,26 +69,15 @@ class WorkerSpec:
         """Build model and data, and check that they are those of the driver.
 
         Raises:
-            RunFailed: names, shapes or the number of samples differ from the driver's.
+            RunFailed: names, shapes or lengths differ from the driver's.
         """
         torch.set_num_threads(self.threads)
         if self.device == "cuda" and not torch.cuda.is_available():
             do = "set cluster.gpus=1 so that Ray finds one, or cluster.device=cpu cluster.gpus=0"
             raise BadInput.at("cluster.device", "a CUDA GPU for every worker", f"none on {platform.node()}", do)
         replica = Replica(self.task.load(), self.seed, self.device, self.frozen, self.clip)
-        if replica.layout != self.layout:
-            theirs = {(e.name, e.shape) for e in self.layout.entries}
-            ours = {(e.name, e.shape) for e in replica.layout.entries}
-            raise RunFailed(
-                f"model: expected the driver's parameters, found others; driver only {sorted(theirs - ours)[:5]}, "
-                f"worker only {sorted(ours - theirs)[:5]}; build the same model from the same seed everywhere"
-            )
         source = replica.train_source()
-        if len(source) != self.order.samples:
-            raise RunFailed(
-                f"train_data: expected the driver's {self.order.samples} samples, found {len(source)} here; "
-                "every machine must read the same data"
-            )
+        self.blueprint.check(replica.blueprint(source), "train_data")
         return Worker(self, replica, source, clock, allocate)
 
 
@@ -169,7 +158,11 @@ class Worker:
         """Compute one slot, unless it has been abandoned meanwhile."""
         if work.token != self._token:
             return Computed(self._timeline, work, SlotGradient.empty(work.slot))
-        gradient = self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out)
+        try:
+            gradient = self.replica.gradient(self._source, self.spec.order, work.step, work.slot, work.out)
+        except Exception as error:
+            error.add_note(f"while slot {work.slot} of step {work.step} was computed")
+            raise
         return Computed(self._timeline, work, gradient)
 
     # What both modes need.
@@ -197,7 +190,7 @@ class Worker:
 
     def compute(self, step: int, slot: int) -> ev.Compute:
         """Start on a slot."""
-        layout = self.spec.layout
+        layout = self.spec.blueprint.layout
         out = self._pool.pop() if self._pool else torch.from_numpy(self._allocate(layout.size, layout.dtype))
         return ev.Compute(SlotWork(self._token, step, slot, out))
 

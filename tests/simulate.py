@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from distgd import events as ev
 from distgd import weights
 from distgd.config import load
-from distgd.driver import Account, Driver, Finish, Log
+from distgd.driver import Account, Driver, Finish, Keep, Log
 from distgd.errors import DistgdError
 from distgd.inprocess import SLOT_SECONDS, InProcessCluster
-from distgd.plan import Plan, prepare
+from distgd.layout import state
+from distgd.plan import Plan
+from distgd.prepare import prepare
+from distgd.stopping import Stop
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Simulated:
     state: dict[str, Tensor]
     events: list[dict[str, Any]] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[tuple[int, str]] = field(default_factory=list)  # step and fingerprint of each best evaluation
 
     @property
     def sha256(self) -> str:
@@ -53,14 +57,17 @@ def simulate(
     seed: int = 0,
     pace: Callable[[int], float] = lambda incarnation: SLOT_SECONDS,
     lose: Mapping[int, float] | None = None,
+    on_event: Callable[[dict[str, Any]], Stop | None] = lambda event: None,
     **sections: Any,
 ) -> Simulated:
     """Prepare and run; the error that ended the run is in the answer, not raised."""
     plan = prepare(config(task, **sections), task)
-    return run(plan, InProcessCluster(seed, pace, lose))
+    return run(plan, InProcessCluster(seed, pace, lose), on_event)
 
 
-def run(plan: Plan, cluster: InProcessCluster) -> Simulated:
+def run(
+    plan: Plan, cluster: InProcessCluster, on_event: Callable[[dict[str, Any]], Stop | None] = lambda event: None
+) -> Simulated:
     """Run a plan on a cluster to its end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,17 +78,25 @@ def run(plan: Plan, cluster: InProcessCluster) -> Simulated:
     effects = driver.start()
     try:
         while True:
-            for effect in effects:
-                match effect:
+            todo, wanted = list(effects), None
+            while todo or wanted:
+                if not todo:  # as the trainer does: behind what was decided before
+                    todo, wanted = driver.stop(wanted), None
+                    continue
+                match todo.pop(0):
                     case ev.Send(to, message):
                         cluster.send(to, message)
                     case Log(event):
                         done.events.append(event)
+                        if stop := on_event(event):
+                            wanted = stop
+                    case Keep(best):
+                        done.kept.append((best.step, weights.fingerprint(_state(plan, len(cast.shards), best.parts))))
                     case Account(line):
                         done.lines.append(line)
                     case Finish(error):
                         done.error = error
-                        done.state = {} if error else _final(plan, driver)
+                        done.state = {} if error else _state(plan, len(cast.shards), driver.final)
                         return done
             arrived = cluster.receive(0.0)
             assert arrived is not None, f"stuck at step {driver.tally.steps}"
@@ -91,17 +106,17 @@ def run(plan: Plan, cluster: InProcessCluster) -> Simulated:
         torch.set_num_threads(threads)
 
 
-def _final(plan: Plan, driver: Driver) -> dict[str, Tensor]:
-    """The model's final state; the plan's initial weights are put back, so that it can be run again."""
+def _state(plan: Plan, shards: int, parts: Mapping[int, ev.SnapshotSent]) -> dict[str, Tensor]:
+    """The model's state from parts of a snapshot; the plan's initial weights are put back, to be run again."""
     replica = plan.replica
     weights_before, buffers_before = replica.flat.clone(), replica.buffers
-    slices, final = replica.layout.slices(len(driver.cast.shards)), driver.final
-    replica.install(slices, {shard: sent.weights for shard, sent in final.items()}, final[0].buffers)
+    sent = {shard: part.weights for shard, part in parts.items()}
+    replica.install(replica.layout.slices(shards), sent, parts[0].buffers)
     replica.buffer_layout.unpack(replica.buffers, replica.model)
-    state = weights.copy(replica.model.state_dict())
+    final_state = weights.copy(state(replica.model))
     replica.flat.copy_(weights_before)
     replica.buffers = buffers_before
-    return state
+    return final_state
 
 
 class Odd(nn.Module):

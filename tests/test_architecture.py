@@ -29,11 +29,11 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics staging shard",  # pure: decide, never act
-            "memory wire transport tasks sources checkpoint records tracking progress report weights",  # doors
-            "server worker evaluator driver replica tally",  # actors, as plain classes
-            "cluster inprocess",  # the engine
-            "trainer plan cli __main__ __init__",  # the story
+            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",  # pure
+            "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
+            "server worker evaluator driver assignment evaluations gradients replica tally",  # actors, as plain classes
+            "cluster inprocess resources",  # the engine
+            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()
@@ -43,6 +43,7 @@ FENCES = {  # outside package -> the rooms that may import it
     "zmq": {"transport"},
     "mlflow": {"tracking"},
     "matplotlib": {"report"},
+    "jinja2": {"report"},
     "click": {"cli"},
     "rich": {"cli", "progress"},
 }

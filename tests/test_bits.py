@@ -14,7 +14,7 @@ import torch
 from simulate import OddTask, Smooth, config, simulate
 from torch import Tensor, nn
 
-from distgd.plan import prepare
+from distgd.prepare import prepare
 from distgd.reduce import split
 from distgd.sources import Order, open_source, seed_everything, slot_seed
 from distgd.weights import fingerprint

@@ -217,3 +217,12 @@ def test_divergence_is_3_and_says_where(capsys: pytest.CaptureFixture[str]) -> N
     shown = capsys.readouterr()
     assert last_object(shown.out)["status"] == "diverged"
     assert "step" in shown.err and "Traceback" not in shown.err
+
+
+def test_a_metric_that_is_no_number_is_shown_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from distgd.cli import _show_result
+
+    result = {"run_dir": str(tmp_path), "status": "completed", "steps": 1, "samples": 2, "wall_s": 0.5}
+    _show_result({**result, "metrics": {"eval/auc": "NaN", "eval/loss": "Infinity"}, "mlflow_run_id": None})
+    shown = capsys.readouterr().out
+    assert "eval/auc             nan" in shown and "eval/loss            inf" in shown

@@ -22,9 +22,10 @@ import torch
 from simulate import OddTask, simulate
 
 from distgd import train
-from distgd.cluster import RayCluster, Resources
+from distgd.cluster import RayCluster
 from distgd.config import load
 from distgd.errors import BadInput, DeadlineExceeded, Diverged, RunFailed
+from distgd.resources import Resources
 from distgd.trainer import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -39,7 +40,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     folder = tmp_path_factory.mktemp("r")
     before = os.environ.get("RAY_AUTH_TOKEN")
-    os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+    os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)  # Ray remembers the one of an earlier run in this process
     ray.init(address="local", num_cpus=12, include_dashboard=False, log_to_driver=False, _temp_dir=str(folder))
     yield
     assert ray.is_initialized(), "a run must leave a cluster up that it did not start"
@@ -195,7 +196,7 @@ def test_what_cannot_be_placed_is_an_error_that_says_what_there_is(ray_cluster: 
 def simulate_plan() -> Any:
     from simulate import config
 
-    from distgd.plan import prepare
+    from distgd.prepare import prepare
 
     plan = prepare(config(OddTask(106)), OddTask(106))
     return plan.specs(plan.cast())[2]

@@ -11,7 +11,8 @@ from simulate import config
 
 from distgd import events as ev
 from distgd.evaluator import Evaluator, EvaluatorSpec, Scored
-from distgd.plan import Plan, prepare
+from distgd.plan import Plan
+from distgd.prepare import prepare
 
 SHARDS, ME = (1, 2), 5
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from distgd import events as ev
 from distgd import inprocess
 from distgd.inprocess import SLOT_SECONDS, InProcessCluster
-from distgd.plan import Plan, prepare
+from distgd.plan import Plan
 from distgd.policy import ApplyPush, Immediate
+from distgd.prepare import prepare
 from distgd.transport import InMemoryNetwork
 from distgd.worker import Worker
 

@@ -53,3 +53,19 @@ def test_assignment_is_in_runs_and_even(slots: int, workers: int) -> None:
     assert list(table) == sorted(table)
     counts = [table.count(worker) for worker in range(100, 100 + workers)]
     assert max(counts) - min(counts) <= 1
+
+
+def test_new_slots_are_granted_below_the_limit_of_steps_and_lost_ones_in_any_case() -> None:
+    ledger = Ledger([(step, slot) for step in range(4) for slot in range(2)], limit=None)
+    ledger.steps = 1
+    first, second = ledger.grant(7, 0.0), ledger.grant(8, 0.0)
+    assert ledger.grant(9, 0.0) is None
+    assert ledger.begun == 1
+    assert first is not None and second is not None
+    ledger.end(first.number, applied=False)
+    again = ledger.grant(9, 0.0)
+    assert again is not None and (again.step, again.slot) == (0, 0)
+    ledger.steps = 2
+    assert [lease.step for lease in (ledger.grant(7, 0.0), ledger.grant(7, 0.0)) if lease] == [1, 1]
+    assert ledger.grant(7, 0.0) is None
+    assert ledger.begun == 2

@@ -19,6 +19,8 @@ from distgd.policy import (
     Filled,
     Hold,
     Immediate,
+    Limit,
+    Limited,
     Opened,
     Propose,
     Report,
@@ -130,6 +132,39 @@ class TestStaged:
             reports += sum(isinstance(d, Report) for d in policy.handle(arrived(first, stop)))
         assert reports == 1
         assert policy.held == frozenset(range(slots))
+
+
+class TestLimit:
+    """Steps from a limit on gather and are not decided."""
+
+    ALL = frozenset({0, 1})
+
+    def full(self, policy: Staged, step: int) -> list[object]:
+        policy.handle(arrived(0, 2, step))
+        return list(policy.handle(Filled(0, step, 0, self.ALL, frozenset())))
+
+    def test_a_step_at_the_limit_is_decided_once_the_limit_is_raised(self) -> None:
+        policy = staged(slots=2)
+        assert policy.handle(Limited(1)) == [Limit(1)]
+        assert self.full(policy, 0) == [Decide(0, self.ALL, frozenset(), True)]
+        policy.handle(Decided(0, self.ALL, True))
+        assert self.full(policy, 1) == []
+        assert policy.handle(Limited(2)) == [Limit(2), Decide(1, self.ALL, frozenset(), True)]
+
+    def test_a_limit_below_what_is_decided_stands_at_it(self) -> None:
+        policy = staged(slots=2)
+        self.full(policy, 0)
+        policy.handle(Decided(0, self.ALL, True))
+        assert policy.handle(Limited(0)) == [Limit(1)]
+        assert self.full(policy, 1) == []
+
+    def test_a_step_that_is_being_measured_is_under_the_limit(self) -> None:
+        policy = staged(slots=3, quorum=2, measure=True)
+        policy.handle(arrived(0, 1))
+        policy.handle(arrived(1, 2))
+        assert policy.handle(Filled(0, 0, 0, self.ALL, frozenset())) == [Propose(0, 0, self.ALL)]
+        assert policy.handle(Limited(0)) == [Limit(1)]
+        assert policy.handle(Filled(0, 0, 0, self.ALL, frozenset())) == [Decide(0, self.ALL, frozenset(), True)]
 
 
 def immediate(bound: int | None = None) -> Immediate:

@@ -97,3 +97,14 @@ def test_a_loss_that_is_not_finite_is_shown() -> None:
     stream = io.StringIO()
     Progress(stream, steps=None)({**event(1), "metrics": {"train/loss": float("nan")}})
     assert stream.getvalue() == "step 1  loss nan\n"
+
+
+def test_the_last_step_is_not_told_with_an_evaluation_of_another() -> None:
+    stream = io.StringIO()
+    progress = Progress(stream, steps=4)
+    for step in range(1, 5):
+        progress({"event": "step", "step": step, "seconds": step, "metrics": {"train/loss": 1.0}})
+        progress({"event": "eval", "step": step, "seconds": step, "metrics": {"eval/loss": float(step)}})
+    progress({"event": "end", "step": 4, "seconds": 5, "metrics": {}})
+    (last,) = [line for line in stream.getvalue().splitlines() if line.startswith("step 4/4")]
+    assert "eval loss 4.0000" in last

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distgd.errors import BadInput
+from distgd.errors import BadInput, users_error
+from distgd.gradients import LARGE
 from distgd.layout import BufferLayout, block_squares, squared_norm
-from distgd.replica import LARGE, Replica, users_error
+from distgd.replica import Replica
 from distgd.sources import Order, open_source
 
 ORDER = Order(samples=30, batch=12, slots=4, seed=5)
@@ -152,7 +153,8 @@ class TestGradient:
         assert found.bad
 
     @pytest.mark.parametrize(
-        ("answer", "found"), [(lambda loss: loss.expand(3), r"shape \(3,\)"), (lambda loss: 1.0, "float")]
+        ("answer", "found"),
+        [(lambda loss: loss.expand(3), r"a tensor of shape \(3,\)"), (lambda loss: 1.0, "the float")],
     )
     def test_anything_but_a_scalar_is_refused(self, answer: Any, found: str) -> None:
         with pytest.raises(BadInput, match=f"expected a scalar tensor, found {found}"):
@@ -201,6 +203,34 @@ class TestEvaluate:
         weighed = (2 * float(y[:10].mean()) + float(y[10:17].mean())) / 3
         first_17 = open_source((Line().train_data()[0][:17], y[:17]))
         assert replica.evaluate(first_17, 10)["loss"] == pytest.approx(weighed)
+
+    @pytest.mark.parametrize("size", [1, 7, 30])
+    def test_accuracy_and_auc_are_scikit_learns(self, size: int) -> None:
+        from sklearn.metrics import accuracy_score, roc_auc_score
+
+        class Judged(Line):
+            def labels(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+                return (batch[1] > batch[1].new_tensor(0.0)).flatten()
+
+            def metrics(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+                return {"accuracy": (model(batch[0]).flatten() > 0) == self.labels(batch)}
+
+            def evaluate(self, model: nn.Module, batches: Any) -> dict[str, float]:
+                seen = [(model(batch[0]).flatten(), self.labels(batch)) for batch in batches]
+                scores, labels = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
+                return {"auc": roc_auc_score(labels, scores), "seen": len(labels)}
+
+        task = Judged()
+        replica = Replica(task, seed=3)
+        data = task.train_data()
+        with torch.no_grad():
+            scores = replica.model(data[0]).flatten().numpy()
+        labels = task.labels(data).numpy()
+        found = replica.evaluate(replica.train_source(), size)
+        assert found["accuracy"] == accuracy_score(labels, scores > 0)
+        assert found["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+        assert found["seen"] == 30
+        assert "auc" not in replica.evaluate(replica.train_source(), size, samples=4), "it is to see the whole set"
 
     def test_it_takes_no_chance_and_leaves_buffers_as_they_are(self) -> None:
         class Quiet(Noisy):

@@ -6,6 +6,7 @@ What would download gigabytes is a stand-in here: a `python` on the PATH that wr
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -138,3 +139,37 @@ def test_no_python_that_is_new_enough(machine: Machine) -> None:
     assert "no Python >= 3.11" in err
     assert "apt install" in err
     assert machine.asked() == []
+
+
+APT = """#!/usr/bin/env bash
+echo "apt-get $*" >>"$CALLS"
+[[ "$*" != *install* ]] || cp "$0" "${0%/*}/chromium"
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may install")
+def test_a_browser_is_installed_for_the_tests_where_there_is_none(machine: Machine) -> None:
+    (machine.bin / "apt-get").write_text(APT)
+    (machine.bin / "apt-get").chmod(0o755)
+    machine.run("setup", "train")
+    assert not any(call.startswith("apt-get") for call in machine.asked()), "a run needs no browser"
+    machine.run("setup", "dev")
+    update, install = (call for call in machine.asked() if call.startswith("apt-get"))
+    assert update.endswith(" update") and install.endswith(" chromium")
+    shutil.rmtree(machine.root / ".venv")
+    code, _, err = machine.run("setup", "dev")
+    assert code == 0 and "warning" not in err
+    assert not any(call.startswith("apt-get") for call in machine.asked()), "it is there already"
+
+
+@pytest.mark.parametrize("apt", [None, "#!/usr/bin/env bash\nexit 100\n"])
+def test_without_a_browser_and_a_way_to_install_one_the_set_up_warns_and_is_done(
+    machine: Machine, apt: str | None
+) -> None:
+    if apt:
+        (machine.bin / "apt-get").write_text(apt)
+        (machine.bin / "apt-get").chmod(0o755)
+    code, _, err = machine.run("setup", "dev")
+    assert code == 0
+    assert "apt install chromium" in err and "set-up: done" in err
+    assert machine.run("setup", "dev") == (0, "", ""), "and says so once"

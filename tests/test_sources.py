@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from distgd.errors import BadInput
-from distgd.sources import Order, Source, TensorSource, count, open_source, seed_everything, slot_seed, to_device
+from distgd.sources import Order, Source, TensorSource, open_source, seed_everything, slot_seed, tensors, to_device
 
 orders = st.builds(
     Order,
@@ -111,7 +113,7 @@ def test_a_batch_has_the_structure_and_the_rows_that_were_asked_for(data: Any) -
     for part, expected in zip(parts[kind](), rows, strict=False):
         assert torch.equal(part, expected)
     assert type(batch) is type(data)
-    assert (len(source), count(batch)) == (6, 3)
+    assert (len(source), len(next(tensors(batch)))) == (6, 3)
 
 
 def test_a_batch_is_a_copy() -> None:
@@ -153,7 +155,7 @@ def test_a_source_of_ones_own_passes_as_it_is() -> None:
     moved = to_device(mine.batch(np.array([3, 4])), "meta")
     assert moved["n"][0].is_meta
     assert moved["kind"] == "square"
-    assert count(moved) == 2
+    assert len(next(tensors(moved))) == 2
 
 
 @pytest.mark.parametrize(
@@ -165,9 +167,9 @@ def test_a_source_of_ones_own_passes_as_it_is() -> None:
         ({}, ["tensor", "{}"]),
         (iter([x]), ["tuple", "dict", "batch(indices)", "iterator"]),
         ([x, x], ["tuple", "list"]),
-        ((x, "labels.csv"), ["data 1", "str"]),
+        ((x, "labels.csv"), ["data[1]", "str"]),
         (np.array(["a", "b"]), ["array of numbers", "<U1"]),
-        ({"scalar": torch.tensor(1.0)}, ["scalar", "first dimension", "[]"]),
+        ({"scalar": torch.tensor(1.0)}, ["scalar", "first dimension", "shape ()"]),
     ],
 )
 def test_wrong_data_is_refused_by_name_and_length(data: Any, words: list[str]) -> None:
@@ -183,3 +185,88 @@ def test_a_source_without_samples_is_refused() -> None:
 
     with pytest.raises(BadInput, match="at least one sample"):
         open_source(Nothing(x))
+
+
+class Letters(Dataset[Any]):
+    """Samples with chance in them, as augmentation has."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"x": torch.rand(2) + index, "n": np.random.rand(), "r": random.random(), "name": f"letter {index}"}
+
+
+def test_a_dataset_gives_batches_of_its_samples_with_the_chance_of_the_seed() -> None:
+    source = open_source(Letters())
+    assert len(source) == 10
+
+    def batch(seed: int) -> Any:
+        seed_everything(seed)
+        return source.batch(np.array([7, 2]))
+
+    assert batch(1)["name"] == ["letter 7", "letter 2"]
+    assert batch(1)["x"].shape == (2, 2)
+    for name in ("x", "n", "r"):
+        assert torch.equal(batch(1)[name], batch(1)[name])
+        assert not torch.equal(batch(1)[name], batch(2)[name])
+
+
+def test_looking_at_a_dataset_leaves_chance_alone_and_is_the_same_everywhere() -> None:
+    torch.manual_seed(4)
+    expected = torch.rand(())
+    torch.manual_seed(4)
+    schemas = [open_source(Letters()).schema() for _ in range(2)]
+    assert torch.rand(()) == expected
+    assert (
+        schemas[0]
+        == schemas[1]
+        == {
+            "0": {"dtype": "float32", "shape": [2]},
+            "1": {"dtype": "float64", "shape": []},
+            "2": {"dtype": "float64", "shape": []},
+        }
+    )
+
+
+class AtOnce(Letters):
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        return [{"x": torch.tensor(indices)} for _ in indices]
+
+
+def test_a_dataset_that_reads_many_at_once_is_asked_once() -> None:
+    assert open_source(AtOnce()).batch(np.array([3, 1]))["x"].tolist() == [[3, 1], [3, 1]]
+
+
+def test_a_memory_mapped_file_is_read_by_rows(tmp_path: Path) -> None:
+    array = np.arange(600, dtype=">i4").reshape(200, 3)
+    np.save(tmp_path / "a.npy", array)
+    mapped = np.load(tmp_path / "a.npy", mmap_mode="r")
+    source = open_source((mapped, torch.arange(200)))
+    rows = np.array([199, 0, 5])
+    x, y = source.batch(rows)
+    assert torch.equal(x, torch.from_numpy(array[rows].astype("=i4")))
+    assert y.tolist() == rows.tolist()
+    x += 1  # a copy that may be written to
+    assert source.schema()["0"] == {"dtype": ">i4", "shape": [3]}
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Endless(), "found data that can only be iterated, Endless; give the samples numbers"),
+        (iter([1]), "found data that can only be iterated, list_iterator"),
+        (DataLoader(Letters()), "found a DataLoader; return its dataset"),
+        ([(1, 2)], "found a list; make it a tuple if it is one tensor a column"),
+        (Subset(Letters(), []), "expected at least one sample, found an empty Subset"),
+        (3, "found int"),
+    ],
+)
+def test_what_holds_no_samples_by_number_is_refused_in_words(data: Any, message: str) -> None:
+    with pytest.raises(BadInput, match=re.escape(message)):
+        open_source(data)

@@ -81,6 +81,11 @@ class TestRates:
         assert rates[-1] == pytest.approx(8.0)
         assert one.samples_per_s() == pytest.approx(8.0), "from the first commit on"
 
+    def test_reports_that_come_at_once_are_no_burst_of_speed(self) -> None:
+        one = tally()
+        rates = [step(one, 101.0 + second)["throughput/samples_per_s"] for second in range(6) for _ in range(30)]
+        assert max(rates[60:]) <= 2 * 30 * 8.0
+
     def test_two_commits_at_one_time_are_no_error(self) -> None:
         one = tally()
         assert "throughput/samples_per_s" not in step(one, 100.0)

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from distgd import tracking
 from distgd.errors import BadInput
 from distgd.records import Jsonl, Many, RunEnd, RunInfo, per_worker
-from distgd.tracking import Mlflow, absolute, ui
+from distgd.tracking import Mlflow, absolute, ui, writer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own, on import
 
@@ -126,9 +125,11 @@ def mlp() -> torch.nn.Module:
 def test_a_run_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Everything that a run promises is in the store, read back with MLflow's own client."""
     monkeypatch.chdir(tmp_path)
-    figure, weights = tmp_path / "convergence.png", tmp_path / "model.safetensors"
-    figure.write_bytes(b"png")
+    report, weights, best = tmp_path / "report", tmp_path / "model.safetensors", tmp_path / "best.safetensors"
+    report.mkdir()
+    (report / "convergence.png").write_bytes(b"png")
     weights.write_bytes(b"weights")
+    best.write_bytes(b"better weights")
     params = {f"optimizer.group[{number}]": "x" * 7000 for number in range(150)}
     data = {"name": "digits", "samples": 1797, "digest": "d" * 64, "schema": {"mlflow_tensorspec": {"features": "[]"}}}
     model = mlp()
@@ -138,8 +139,9 @@ def test_a_run_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
         tracker.log(event(step))
         if step % 35 == 0:
             tracker.log(event(step, "eval", eval_accuracy=step / 105))
-    end = RunEnd("completed", {"wall_s": 1.5, "bits": "b", "eval/loss": 1.0, "ok": True}, figure, weights, model)
-    tracker.finish(RunEnd(**{**vars(end), "example": np.ones((1, 64), "f4")}))
+    tracker.log({**event(105, eval_accuracy=1.0), "event": "end"})
+    found = {"wall_s": 1.5, "steps": 105, "status": "completed", "bits": "b", "eval/loss": 1.0, "ok": None}
+    tracker.finish(RunEnd("completed", found, report, (weights, best), model, np.ones((1, 64), "f4")))
     assert not warnings(caplog)
 
     import mlflow
@@ -151,18 +153,29 @@ def test_a_run_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
     assert len(run.data.params) == 150 and {len(value) for value in run.data.params.values()} == {6000}
-    assert run.data.tags["bits"] == "promised" and run.data.tags["result.bits"] == "b"
-    assert run.data.metrics["result/wall_s"] == 1.5
-    assert not {"result/ok", "result/eval/loss"} & set(run.data.metrics)
+    assert run.data.tags["bits"] == "promised" and "result.bits" not in run.data.tags
+    assert (run.data.tags["result.status"], run.data.tags["result.steps"]) == ("completed", "105")
+    assert {name: v for name, v in run.data.metrics.items() if name.startswith("result")} == {"result/wall_s": 1.5}
     steps = [metric.step for metric in client.get_metric_history(tracker.run_id, "train/loss")]
     assert steps == [1, *range(10, 101, 10), 105], "every tenth, the first and the last"
-    assert [metric.step for metric in client.get_metric_history(tracker.run_id, "eval/accuracy")] == [35, 70, 105]
+    assert [metric.step for metric in client.get_metric_history(tracker.run_id, "eval/accuracy")] == [35, 70, 105], (
+        "the end repeats nothing"
+    )
     assert run.inputs
     (dataset,) = run.inputs.dataset_inputs
     assert json.loads(dataset.dataset.profile or "") == {"num_rows": 1797} and dataset.dataset.name == "digits"
-    assert {one.path for one in client.list_artifacts(tracker.run_id)} == {"model.safetensors", "report"}
+    assert {one.path for one in client.list_artifacts(tracker.run_id)} == {
+        "best.safetensors",
+        "model.safetensors",
+        "report",
+    }
     assert (tmp_path / "store/mlruns" / tracker.run_id / "artifacts/report/convergence.png").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["convergence.png", "model.safetensors", "store"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "best.safetensors",
+        "model.safetensors",
+        "report",
+        "store",
+    ]
 
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -256,7 +269,7 @@ def test_a_store_that_comes_back_gets_the_backlog(tmp_path: Path, caplog: pytest
 def test_the_backlog_is_bounded_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "BACKLOG", 50)
+    monkeypatch.setattr(writer, "BACKLOG", 50)
     tracker = Mlflow()
     tracker.start(info(tmp_path, "http://127.0.0.1:9"))
     for step in range(1, 201):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from simulate import OddTask
 
 import distgd
 from distgd.config import load
-from distgd.errors import BadInput, Diverged, Interrupted
+from distgd.errors import BadInput, Diverged, Interrupted, RunFailed
 from distgd.trainer import launch
 from distgd.weights import fingerprint
 
@@ -127,3 +128,177 @@ def test_single_samples_train_at_the_defaults(tmp_path: Path) -> None:
     losses = [e["metrics"]["train/loss"] for e in events if e["event"] == "step"]
     assert result.slots == 1
     assert np.mean(losses[-300:]) < 0.7 * np.mean(losses[:300])
+
+
+# What on_event sees and does.
+
+
+def test_on_event_sees_what_is_recorded_as_copies_of_its_own(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def on_event(event: dict[str, Any]) -> None:
+        seen.append(json.loads(json.dumps(event)))
+        event["metrics"].clear()
+        event["step"] = -1
+
+    result = distgd.train(sections(tmp_path, task="digits", eval={"every": {"steps": 3}}), on_event=on_event)
+    lines = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
+    assert seen == [json.loads(line) for line in lines]
+    assert {event["event"] for event in seen} == {"step", "eval", "end"}
+
+
+@pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
+def test_a_stop_ends_the_run_cleanly_with_the_weights_of_its_last_step(tmp_path: Path, mode: str) -> None:
+    given = sections(tmp_path, task="digits", stop={"epochs": 9}, consistency={"mode": mode})
+    given["stop"].pop("steps")
+    result = distgd.train(given, on_event=lambda e: distgd.Stop("seen enough") if e["step"] == 5 else None)
+    assert (result.status, result.ended_by) == ("stopped", "stopped: seen enough")
+    assert 5 <= result.steps <= 7
+    assert fingerprint(load_file(Path(result.run_dir) / "model.safetensors")) == result.weights_sha256
+    end = json.loads((Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (end["event"], end["status"], end["ended_by"]) == ("end", "stopped", "stopped: seen enough")
+
+
+def test_an_error_in_on_event_fails_the_run_with_its_own_frame(tmp_path: Path) -> None:
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            raise KeyError("mine")
+
+    with pytest.raises(RunFailed, match="KeyError: 'mine'") as caught:
+        distgd.train(sections(tmp_path, task="digits"), on_event=on_event)
+    assert "test_trainer.py" in str(caught.value)
+    assert caught.value.result.status == "failed"
+
+
+def test_an_error_in_on_event_at_the_end_does_not_lose_the_result(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "end":
+            raise KeyError("late")
+
+    result = distgd.train(sections(tmp_path, task="digits"), on_event=on_event)
+    assert result.status == "completed"
+    assert "on_event failed at the end of the run" in caplog.text
+
+
+# How a run ends.
+
+
+@pytest.mark.parametrize(
+    ("stop", "ended_by"),
+    [
+        ({"steps": 8}, "stop.steps: 8"),
+        ({"steps": 80, "epochs": 1}, "stop.epochs: 1"),
+        ({"steps": 90, "target": {"metric": "eval/accuracy", "at_least": 0.2}}, "stop.target: eval/accuracy"),
+        ({"steps": 90, "patience": {"metric": "eval/loss", "evals": 1, "min_delta": 9.0}}, "stop.patience: eval/loss"),
+    ],
+)
+def test_the_result_says_what_ended_the_run(tmp_path: Path, stop: dict[str, Any], ended_by: str) -> None:
+    given = sections(tmp_path, task="digits", eval={"every": {"steps": 5}, "best": {"metric": "eval/accuracy"}})
+    result = distgd.train({**given, "stop": stop}, "optimizer.lr=0.1")
+    assert str(result.ended_by).startswith(ended_by)
+    assert result.status == "completed"
+    assert result.best is not None
+    best = load_file(Path(result.run_dir) / "best.safetensors")
+    assert best.keys() == result.state_dict.keys()
+
+
+def test_a_schedule_of_unknown_length_is_refused(tmp_path: Path) -> None:
+    given = sections(tmp_path, task="digits", schedule={"name": "cosine"})
+    given["stop"] = {"seconds": 5}
+    with pytest.raises(BadInput, match=r"schedule\.steps: expected a number of steps with schedule\.name=cosine"):
+        distgd.train(given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["stop.target={metric: eval/f1, at_least: 1}", "eval.best={metric: eval/f1}"])
+def test_a_metric_that_the_task_does_not_have_is_refused_before_the_start(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BadInput, match=r"metric: expected one of eval/accuracy, eval/loss, found 'eval/f1'"):
+        distgd.train(sections(tmp_path, task="digits"), key)
+    with pytest.raises(BadInput, match=r"expected null, as the task has no eval_data"):
+        distgd.train(sections(tmp_path, task="counting"), key)
+    assert not list(tmp_path.iterdir())
+
+
+# Good manners.
+
+
+class Diary:
+    """A tracker of somebody's own."""
+
+    pages: ClassVar[list[Any]] = []
+
+    def start(self, info: Any) -> None:
+        self.pages.append(("start", info.name, info.params["batch.slots"]))
+
+    def log(self, event: Any) -> None:
+        self.pages.append((event["event"], event["step"]))
+
+    def finish(self, end: Any) -> None:
+        self.pages.append(("finish", end.status))
+
+
+def test_trackers_of_ones_own_see_the_run_from_start_to_finish(tmp_path: Path) -> None:
+    Diary.pages.clear()
+    result = distgd.train(sections(tmp_path, task="counting", stop={"steps": 2}), f"tracking.also=[{__name__}:Diary]")
+    assert Diary.pages == [("start", result.run_id, 4), ("step", 1), ("step", 2), ("end", 2), ("finish", "completed")]
+
+
+class Dumb:
+    def start(self, info: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("Dumb", r"expected a class with the methods .*add log, finish"),
+        ("Dump", r"expected a name in .*found 'Dump'; did you mean Dumb\?"),
+    ],
+)
+def test_a_tracker_that_cannot_be_one_is_refused(tmp_path: Path, path: str, message: str) -> None:
+    with pytest.raises(BadInput, match=rf"tracking\.also: {message}"):
+        distgd.train(sections(tmp_path, task="counting"), f"tracking.also=[{__name__}:{path}]")
+
+
+def test_the_root_logger_is_left_alone(tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), logging.getLogger("distgd").handlers[:]
+    distgd.train(sections(tmp_path, task="counting", tracking={"uri": f"sqlite:///{tmp_path}/mlflow.db"}))
+    assert (root.level, list(root.handlers), logging.getLogger("distgd").handlers[:]) == before
+
+
+def test_an_active_mlflow_run_becomes_the_parent(tmp_path: Path) -> None:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/theirs.db")
+    try:
+        with mlflow.start_run(experiment_id=mlflow.MlflowClient().create_experiment("theirs")) as parent:
+            given = {
+                name: section for name, section in sections(tmp_path, task="counting").items() if name != "tracking"
+            }
+            result = distgd.train(given)
+            assert mlflow.active_run().info.run_id == parent.info.run_id
+        child = mlflow.get_run(result.mlflow_run_id)
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert child.info.experiment_id == parent.info.experiment_id
+        assert child.info.status == "FINISHED"
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_a_run_in_another_store_is_no_child(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/theirs.db")
+    try:
+        with mlflow.start_run(experiment_id="0"):
+            ours = {"uri": f"sqlite:///{tmp_path}/ours.db"}
+            result = distgd.train(sections(tmp_path, task="counting", tracking=ours))
+        assert "it is no parent" in caplog.text
+        child = mlflow.MlflowClient(ours["uri"]).get_run(result.mlflow_run_id)
+        assert "mlflow.parentRunId" not in child.data.tags
+    finally:
+        mlflow.set_tracking_uri(before)

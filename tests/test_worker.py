@@ -13,7 +13,8 @@ from simulate import config
 from distgd import events as ev
 from distgd.errors import RunFailed
 from distgd.layout import Layout
-from distgd.plan import Plan, prepare
+from distgd.plan import Plan
+from distgd.prepare import prepare
 from distgd.worker import Worker, WorkerSpec
 
 SAMPLES, BATCH, SLOTS = 256, 32, 8
@@ -340,10 +341,17 @@ def test_another_model_than_the_drivers_is_refused_by_name() -> None:
     spec = spec_of(plan())
     other = Layout.of([("w", (SAMPLES + 1,))], "float32")
     with pytest.raises(RunFailed, match=r"\('w', \(257,\)\).*\('w', \(256,\)\)"):
-        replace(spec, layout=other).build(lambda: 0.0)
+        replace(spec, blueprint=replace(spec.blueprint, layout=other)).build(lambda: 0.0)
 
 
 def test_other_data_than_the_drivers_is_refused_by_number() -> None:
     spec = spec_of(plan())
-    with pytest.raises(RunFailed, match="driver's 300 samples, found 256"):
-        replace(spec, order=replace(spec.order, samples=300)).build(lambda: 0.0)
+    with pytest.raises(RunFailed, match=r"train_data: expected the driver's 300 samples, found 256"):
+        replace(spec, blueprint=replace(spec.blueprint, samples=300)).build(lambda: 0.0)
+
+
+def test_other_columns_than_the_drivers_are_refused_by_type_and_shape() -> None:
+    spec = spec_of(plan())
+    other = {"data": {"dtype": "float32", "shape": [3]}}
+    with pytest.raises(RunFailed, match=r"train_data: .*float32.*\[3\].* found .*int64"):
+        replace(spec, blueprint=replace(spec.blueprint, schema=other)).build(lambda: 0.0)

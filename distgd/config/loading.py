@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import os
 import reprlib
@@ -12,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distgd.config.schema import at, in_words, known_keys, schema_rows
+from distgd.config.schema import at, holds_others, in_words, known_keys, schema_rows
 from distgd.config.sections import Config
 from distgd.config.text import parse
 from distgd.errors import BadInput
@@ -25,7 +26,7 @@ _FROM_ENVIRONMENT = {
     "MLFLOW_EXPERIMENT_NAME": ("tracking", "experiment"),
 }
 
-_DO_IF_MISSING = {"task": "; set task=digits", "stop": "; set stop.epochs=10"}
+_FIRST = {"task": "task=digits", "stop": "stop.epochs=10"}  # what to set where a whole section is missing
 
 
 def load(
@@ -58,13 +59,14 @@ def load(
 
 def _given(source: str | Path | Mapping[str, Any] | Config) -> Any:
     if isinstance(source, Config):
-        return source.model_dump(mode="json")
+        return source.model_dump(mode="json", exclude_unset=True)  # what was left open stays open
     if isinstance(source, Mapping):
         return source
     given = parse(_read(Path(source)), str(source))
     if not isinstance(given, dict):
         found = "an empty file" if given is None else reprlib.repr(given)
-        raise BadInput(f"{source}: expected sections such as task, batch and stop, found {found}")
+        do = "write at least task: digits and stop: {epochs: 10}"
+        raise BadInput.described(str(source), "sections such as task, batch and stop", found, do)
     return given
 
 
@@ -72,10 +74,15 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise BadInput(f"{path}: expected a config file, found none there") from None
+        there = {file.stem: file for file in path.parent.glob("*.y*ml")}
+        close = difflib.get_close_matches(path.stem, there, n=1)
+        do = f"did you mean {there[close[0]]}?" if close else f"paths start at {Path.cwd()}"
+        raise BadInput.described(str(path), "a config file", "nothing there", do) from None
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise BadInput(f"{path}: expected a readable config file: {reason}") from None
+        is_folder = isinstance(error, IsADirectoryError)
+        found = "a folder" if is_folder else "other bytes" if isinstance(error, ValueError) else str(error.strerror)
+        do = "name the file in it" if is_folder else "look whether it is a YAML file that you may read"
+        raise BadInput.described(str(path), "a config file in UTF-8", found, do) from None
 
 
 def _plain(key: Key, value: Any) -> Any:
@@ -87,18 +94,19 @@ def _plain(key: Key, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise BadInput.at(_dotted(key), "a finite number", value)
+        raise BadInput.at(_dotted(key), "a finite number", value, "give another, or leave the key out")
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)  # numpy's float64 is a float that YAML cannot write
     if value is None:
         return None
-    raise BadInput.at(_dotted(key), "null, true, false, a number, text, a list or a mapping", value)
+    do = "turn it into plain values"
+    raise BadInput.at(_dotted(key), "null, true, false, a number, text, a list or a mapping", value, do)
 
 
 def _text(key: Key, name: object) -> str:
     if not isinstance(name, str):
-        raise BadInput.at(_dotted(key) or "config", "keys that are text", name)
+        raise BadInput.at(_dotted(key) or "config", "keys that are text", name, "put it in quotes")
     return name
 
 
@@ -107,20 +115,21 @@ def _apply(given: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     path = dotted.strip().split(".")
     if not equals or not all(path):
-        raise BadInput(f"{override}: expected section.key=value, found {override!r}; such as batch.size=64")
+        raise BadInput.at("override", "section.key=value", override, "such as batch.size=64, without spaces")
     value = _plain(tuple(path), parse(text, dotted))
     inner = given
-    for part in path[:-1]:
-        inner = _section(inner, part)
+    for place, part in enumerate(path[:-1]):
+        inner = _section(inner, part, at(path[: place + 1]).get("short"))
     if len(path) > 1 and path[-2] == "every":  # it holds one key: a new one takes the old one's place
         inner.clear()
     inner[path[-1]] = value
 
 
-def _section(outer: dict[str, Any], name: str) -> dict[str, Any]:
+def _section(outer: dict[str, Any], name: str, short: str | None) -> dict[str, Any]:
+    """The mapping below a name, there from now on; text that is short for it becomes its key `short`."""
     inner = outer.get(name)
     if not isinstance(inner, dict):
-        inner = {"name": inner} if name == "task" and isinstance(inner, str) else {}
+        inner = {short: inner} if short and isinstance(inner, str) else {}
         outer[name] = inner
     return inner
 
@@ -151,19 +160,24 @@ def _message(problem: Any) -> tuple[str, str]:
     if problem["type"] == "refused":
         said = problem["ctx"]
         key = said["key"] or key
-        return key, str(BadInput.at(key, said["expected"], said["found"], said["do"]))
+        return key, str(BadInput.described(key, said["expected"], _shown(said["found"]), said["do"]))
     if problem["type"] == "extra_forbidden":
         return key, _unknown(path, found)
     if problem["type"] == "missing":
-        return key, f"{key}: expected {in_words(at(path))}, found nothing" + _DO_IF_MISSING.get(key, "")
-    return key, str(BadInput.at(key, in_words(at(path)), found, _advice(path, found)))
+        return key, str(BadInput.described(key, in_words(at(path)), "nothing", f"set {_FIRST.get(key, key)}"))
+    return key, str(BadInput.described(key, in_words(at(path)), _shown(found), _advice(path, found)))
+
+
+def _shown(found: object) -> str:
+    """A value, in YAML's words where Python has others."""
+    return "null" if found is None else str(found).lower() if isinstance(found, bool) else repr(found)
 
 
 def _path(loc: tuple[str | int, ...]) -> Key:
     """The key that an error is about: pydantic goes on with the branch of a union."""
     for length in range(len(loc)):
         schema = at(loc[:length])
-        if "properties" not in schema and "items" not in schema:
+        if not holds_others(schema):
             return loc[:length]
     return loc
 
@@ -186,17 +200,25 @@ def _nearest(section: Key, name: str) -> str:
     if close := difflib.get_close_matches(name, known_keys(section), n=1):
         return f"; did you mean {_dotted((*section, close[0]))}?"
     elsewhere = [key for key in keys if key.rsplit(".", 1)[-1] == name]
-    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+    return f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else "; remove it"
 
 
 def _advice(path: Key, found: object) -> str:
-    schema = at(path)
+    schema, name = at(path), str(path[-1]) if path else ""
+    expected = in_words(schema)
     if schema.get("enum") and isinstance(found, str):
         close = difflib.get_close_matches(found, schema["enum"], n=1)
-        return f"did you mean {close[0]}?" if close else ""
-    if "text" in in_words(schema) and isinstance(found, int | float):
+        return f"did you mean {close[0]}?" if close else "choose one"
+    if "properties" in schema and "expected" not in schema:
+        return f"write {name}: {{{next(iter(schema['properties']))}: ...}}"
+    if "module:name" in expected:
+        return "such as mine:Net for Net in mine.py"
+    if "text" in expected and isinstance(found, int | float):
         return "put it in quotes"
-    return ""
+    if expected.startswith("a list") and isinstance(found, str):
+        return f"write [{found}]"
+    default = schema.get("default")
+    return "correct it" if default is None else f"correct it, or leave it out for {json.dumps(default)}"
 
 
 def _dotted(key: Key) -> str:

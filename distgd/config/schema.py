@@ -74,11 +74,29 @@ def at(path: Sequence[str | int]) -> dict[str, Any]:
     """The schema of the key at `path`, or of the deepest key on it that has one; its reference is resolved."""
     schema = json_schema()
     for part in path:
-        inner = schema.get("items") if isinstance(part, int) else schema.get("properties", {}).get(part)
+        inner = _below(schema, part)
         if inner is None:
             break
         schema = _resolved(inner)
     return schema
+
+
+def holds_others(schema: dict[str, Any]) -> bool:
+    """Whether keys, places or entries below it have a schema of their own."""
+    return any(
+        "properties" in option or "items" in option or isinstance(option.get("additionalProperties"), dict)
+        for option in (schema, *schema.get("anyOf", ()))
+    )
+
+
+def _below(schema: dict[str, Any], part: str | int) -> dict[str, Any] | None:
+    """The schema of one key, of a list's items, or of a mapping's entries; also of what may be null."""
+    for option in (schema, *schema.get("anyOf", ())):
+        found = option.get("items") if isinstance(part, int) else option.get("properties", {}).get(part)
+        found = found or (None if isinstance(part, int) else option.get("additionalProperties"))
+        if isinstance(found, dict):
+            return found
+    return None
 
 
 def known_keys(path: Sequence[str | int]) -> list[str]:
@@ -98,11 +116,15 @@ def in_words(schema: dict[str, Any]) -> str:
     if "properties" in schema:
         return f"{words} with the keys {', '.join(schema['properties'])}"
     limits = [
-        f"{sign} {schema[word]:g}" if schema[word] != 2**63 else "< 2**63"
+        f"{sign} {_number(schema[word])}" if schema[word] != 2**63 else "< 2**63"
         for word, sign in _LIMITS.items()
         if word in schema
     ]
     return " ".join([words, " and ".join(limits)]).strip()
+
+
+def _number(limit: float) -> str:
+    return f"{limit:,}" if isinstance(limit, int) else f"{limit:g}"
 
 
 def _one_of(names: list[str]) -> str:
@@ -126,7 +148,9 @@ def _rows(prefix: str, schema: dict[str, Any]) -> Iterator[Row]:
             yield from _rows(key, inner)
         else:
             default = json.dumps(given["default"]) if "default" in given else "required"
-            yield Row(key, in_words(inner), default, given.get("description", inner["description"]))
+            yield Row(key, in_words(inner), default, given.get("description", inner.get("description", "")))
+        if "each" in inner:
+            yield from _rows(f"{key}.{inner['each']}", at((*key.split("."), inner["each"])))
 
 
 def _line(row: Row) -> str:

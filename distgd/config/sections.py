@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NoReturn, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -21,47 +20,22 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
+from distgd.config.data import Data
+from distgd.config.stop import Best, Stop
+from distgd.config.strict import Amount, Count, ImportPath, Open, Positive, Section, Text, refuse
+from distgd.config.task import TaskSection
 from distgd.config.text import dump
 
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
 Name = Annotated[
     str,
     Field(
         pattern=r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$", json_schema_extra={"expected": "text of letters, digits, . _ -"}
     ),
 ]
-ImportPath = Annotated[
-    str, Field(pattern=r"^[^:\s]+:[^:\s]+$", json_schema_extra={"expected": "text of the form module:Class"})
-]
-Text = Annotated[str, Field(min_length=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class _Open(_Section):
-    """A section whose unknown keys belong to somebody else."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The keys that this section does not know itself."""
-        return dict(self.model_extra or {})
-
-
-def _refuse(key: str, expected: str, found: object, do: str) -> NoReturn:
-    raise PydanticCustomError("refused", "refused", {"key": key, "expected": expected, "found": found, "do": do})
-
-
-class Run(_Section):
+class Run(Section):
     """The run's name, place and seed."""
 
     name: Name | None = None
@@ -72,33 +46,7 @@ class Run(_Section):
     """Decides the initial weights, the order of the data and every random number of a slot."""
 
 
-class TaskSection(_Section):
-    """Model, loss and data. `task: digits` is short for `task: {name: digits}`."""
-
-    name: Text | None = None
-    """A built-in task; exactly one of name and path is given."""
-    path: ImportPath | None = None
-    """A class of your own, as module:Class."""
-    args: dict[str, Any] = {}
-    """Keyword arguments of the task."""
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.name is None) == (self.path is None):
-            found = {key: value for key, value in (("name", self.name), ("path", self.path)) if value}
-            do = "set the other one to null" if found else "set task.name=digits or task.path=module:Class"
-            _refuse("task", "exactly one of name, path", found, do)
-        return self
-
-
-class Data(_Section):
-    """Where the training data lies."""
-
-    path: Text | None = None
-    """A file or a folder for tasks that read one; null is the task's own data."""
-
-
-class Batch(_Section):
+class Batch(Section):
     """The global batch of a step and its pieces."""
 
     size: Count | Literal["full"] = 32
@@ -109,33 +57,18 @@ class Batch(_Section):
     @model_validator(mode="after")
     def _cut(self) -> Self:
         if self.slots is not None and self.size != "full" and self.slots > self.size:
-            _refuse("batch.slots", f"at most batch.size={self.size}", self.slots, "a slot holds at least one sample")
+            refuse("batch.slots", f"at most batch.size={self.size}", self.slots, "a slot holds at least one sample")
         return self
 
 
-class Stop(_Section):
-    """When the run ends: at least one key is given, and whichever comes first counts."""
-
-    epochs: Count | None = None
-    """Passes over the training data."""
-    steps: Count | None = None
-    """Global batches."""
-
-    @model_validator(mode="after")
-    def _some(self) -> Self:
-        if self.epochs is None and self.steps is None:
-            _refuse("stop", "at least one of epochs, steps", {}, "set stop.epochs=10")
-        return self
-
-
-class Group(_Open):
+class Group(Open):
     """Parameters with arguments of their own; all other keys are the optimizer's."""
 
     match: Text
     """A pattern on parameter names, such as *.bias; the first group that matches takes the parameter."""
 
 
-class Clip(_Section):
+class Clip(Section):
     """Limits on the gradient's norm."""
 
     norm: Positive | None = None
@@ -144,7 +77,7 @@ class Clip(_Section):
     """Limit on the norm of each slot's gradient, before they are added."""
 
 
-class Optimizer(_Open):
+class Optimizer(Open):
     """The update rule. All other keys are the optimizer's own arguments, such as momentum or betas."""
 
     name: Text = "sgd"
@@ -157,7 +90,7 @@ class Optimizer(_Open):
     """Limits on the gradient's norm."""
 
 
-class Schedule(_Section):
+class Schedule(Section):
     """The learning rate as a function of the step."""
 
     name: Literal["constant", "step", "exponential", "linear", "cosine", "inverse-sqrt", "one-cycle"] = "constant"
@@ -178,7 +111,7 @@ class Schedule(_Section):
     """one-cycle begins at the learning rate divided by this."""
 
 
-class Consistency(_Section):
+class Consistency(Section):
     """How servers treat gradients that arrive at different times."""
 
     mode: Literal["sync", "bounded", "async"] = "sync"
@@ -201,15 +134,15 @@ class Consistency(_Section):
     def _fits_mode(self) -> Self:
         mode = f"consistency.mode={self.mode}"
         if self.staleness is not None and self.mode != "bounded":
-            _refuse("consistency.staleness", f"null with {mode}", self.staleness, "set consistency.mode=bounded")
+            refuse("consistency.staleness", f"null with {mode}", self.staleness, "set consistency.mode=bounded")
         if self.quorum is not None and self.mode != "sync":
-            _refuse("consistency.quorum", f"null with {mode}", self.quorum, "set consistency.mode=sync")
+            refuse("consistency.quorum", f"null with {mode}", self.quorum, "set consistency.mode=sync")
         if self.scale_lr and self.mode == "sync":
-            _refuse("consistency.scale_lr", f"false with {mode}", True, "no gradient is stale there")
+            refuse("consistency.scale_lr", f"false with {mode}", True, "no gradient is stale there")
         return self
 
 
-class Cluster(_Section):
+class Cluster(Section):
     """Processes and machines."""
 
     backend: Literal["ray", "inprocess"] = "ray"
@@ -229,7 +162,7 @@ class Cluster(_Section):
     threads: Count = 1
     """Threads of a worker's torch; part of what decides the bits."""
     start_timeout: Positive | None = None
-    """Seconds that all processes have to start; null is 30 on this machine and 600 by address."""
+    """Seconds that all processes have to start; null is 90 on this machine and 600 by address."""
     deadline: Positive = 300.0
     """Seconds without a commit after which the run ends."""
 
@@ -244,7 +177,7 @@ class Cluster(_Section):
     def start_seconds(self) -> float:
         """`start_timeout`, with null resolved."""
         if self.start_timeout is None:
-            return 30.0 if self.address is None else 600.0
+            return 90.0 if self.address is None else 600.0
         return self.start_timeout
 
     @model_validator(mode="after")
@@ -252,14 +185,14 @@ class Cluster(_Section):
         if self.address is None:
             return self
         if self.backend != "ray":
-            _refuse("cluster.address", f"null with cluster.backend={self.backend}", self.address, "remove it")
+            refuse("cluster.address", f"null with cluster.backend={self.backend}", self.address, "remove it")
         if self.address.startswith("ray://"):
             do = "Ray Client is not for training; run distgd on a node of the cluster"
-            _refuse("cluster.address", "host:port or auto", self.address, do)
+            refuse("cluster.address", "host:port or auto", self.address, do)
         return self
 
 
-class Every(_Section):
+class Every(Section):
     """How often: `{steps: N}`, `{seconds: N}` or `{epochs: N}`."""
 
     model_config = ConfigDict(json_schema_extra={"expected": "exactly one of {steps: N}, {seconds: N}, {epochs: N}"})
@@ -275,7 +208,7 @@ class Every(_Section):
     def _one(self) -> Self:
         given = {key: value for key, value in self if value is not None}
         if len(given) != 1:
-            _refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "")
+            refuse("", "exactly one of {steps: N}, {seconds: N}, {epochs: N}", given, "leave one of them")
         return self
 
     @model_serializer(mode="wrap")
@@ -283,18 +216,20 @@ class Every(_Section):
         return {key: value for key, value in serialize(self).items() if value is not None}
 
 
-class Eval(_Section):
+class Eval(Section):
     """Evaluation on held-out data, by an actor of its own; the last version is always evaluated."""
 
     every: Every = Every(epochs=1)
-    """How often; skipped where the evaluation before still runs."""
+    """How often; skipped where the evaluation before still runs and neither stop.target nor stop.patience waits."""
+    best: Best | None = None
+    """The weights of the best evaluation are kept in best.safetensors; null keeps the last ones alone."""
     cpus: Amount = 0.0
     """CPUs that Ray sets aside for the evaluator."""
     gpus: Amount = 0.0
     """GPUs that Ray sets aside for the evaluator."""
 
 
-class Tracking(_Section):
+class Tracking(Section):
     """Where metrics go; metrics.jsonl in the run folder is always written and complete."""
 
     uri: Text = "sqlite:///mlflow.db"
@@ -303,9 +238,11 @@ class Tracking(_Section):
     """MLflow's experiment."""
     every: Every | None = None
     """How often a step is logged to MLflow; null is as often as makes about 1,000 points."""
+    also: Annotated[tuple[ImportPath, ...], Strict(False)] = ()
+    """More trackers, as module:Class: a class with the methods start(info), log(event) and finish(end)."""
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run. Made by `distgd.config.load`; equal configs, seeds and data give equal bits in sync mode."""
 
     run: Run = Run()
@@ -330,7 +267,7 @@ class Config(_Section):
         quorum, slots = self.consistency.quorum, self.batch.slots
         if quorum is not None and slots is not None and quorum > slots:
             do = "lower it, or cut the batch in more slots"
-            _refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, do)
+            refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, do)
         return self
 
     def to_yaml(self) -> str:

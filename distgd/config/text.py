@@ -24,6 +24,20 @@ _CORE = {
 }
 
 
+_WAYS_OUT = {  # words of PyYAML's, and what to do
+    "'\\t'": "indent with spaces",
+    "another document": "leave one document, without lines of ---",
+    "undefined alias": "put text that begins with * in quotes",
+}
+
+
+class _Refused(yaml.MarkedYAMLError):
+    """YAML that is sound and not taken here: what was found, and what to do."""
+
+    def __init__(self, found: str, do: str, at: Any) -> None:
+        super().__init__(problem=found, problem_mark=at.start_mark, note=do)
+
+
 class _Composer(yaml.SafeLoader):
     """Builds nodes with the core schema's types, and refuses tags."""
 
@@ -32,7 +46,7 @@ class _Composer(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if getattr(event, "tag", None) is not None:
-            raise yaml.MarkedYAMLError(problem="tags are not allowed", problem_mark=event.start_mark)
+            raise _Refused(f"the tag {event.tag}", "remove it: values are text, numbers, lists and mappings", event)
         return super().compose_node(parent, index)
 
 
@@ -66,11 +80,21 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise BadInput(f"{where}{line}: expected plain YAML; {error.problem or error.context}") from None
+        raise BadInput.described(f"{where}{line}", "plain YAML", *_told(error)) from None
     except yaml.reader.ReaderError as error:
-        raise BadInput(f"{where}: expected text, found the character {error.character!r}") from None
+        found = f"the character {chr(error.character)!r} at place {error.position}"
+        raise BadInput.described(where, "text", found, "look whether it is a YAML file") from None
     except RecursionError:
-        raise BadInput(f"{where}: expected at most {DEEPEST} levels of nesting, found more") from None
+        raise BadInput.described(where, f"at most {DEEPEST} levels of nesting", "more", "flatten it") from None
+
+
+def _told(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    """What was found, and what to do."""
+    if isinstance(error, _Refused):
+        return str(error.problem), str(error.note)
+    said = str(error.problem or error.context)
+    known = (do for words, do in _WAYS_OUT.items() if words in said)
+    return f"a mistake: {said}", next(known, "look at brackets, quotes, colons and indentation")
 
 
 def dump(value: Any) -> str:
@@ -87,9 +111,9 @@ class _Builder:
     def build(self, node: yaml.Node, depth: int) -> Any:
         self._left -= 1
         if self._left < 0:
-            raise _mistake(node, f"more than {MOST_NODES:,} values")
+            raise _Refused(f"more than {MOST_NODES:,} values", "use fewer aliases and shorter lists", node)
         if depth > DEEPEST:
-            raise _mistake(node, f"more than {DEEPEST} levels of nesting")
+            raise _Refused(f"more than {DEEPEST} levels of nesting", "flatten it", node)
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, depth)
         if isinstance(node, yaml.SequenceNode):
@@ -100,9 +124,9 @@ class _Builder:
         values: dict[str, Any] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _mistake(key, "a key that is not text")
+                raise _Refused("a key that is not text", "give it a name", key)
             if key.value in values:
-                raise _mistake(key, f"the key {key.value!r} is given twice")
+                raise _Refused(f"the key {key.value!r} twice", "remove one of them", key)
             values[key.value] = self.build(value, depth + 1)
         return values
 
@@ -122,9 +146,5 @@ def _scalar(node: yaml.Node) -> Any:
 
 def _integer(node: yaml.Node, text: str) -> int:
     if len(text) > 100:
-        raise _mistake(node, "a number of more than 100 digits")
+        raise _Refused("a number of more than 100 digits", "shorten it, or put it in quotes", node)
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-
-
-def _mistake(node: yaml.Node, problem: str) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)

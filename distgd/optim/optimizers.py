@@ -266,10 +266,11 @@ def _class_name(name: str) -> str:
     """The class of `torch.optim` that `name` means in any case."""
     for refused, reason in REFUSED.items():
         if name.lower() == refused.lower():
-            raise BadInput(f"optimizer.name: {refused} cannot run here: {reason}; use one of {', '.join(ELEMENTWISE)}")
+            expected = f"one of {', '.join(known.lower() for known in ELEMENTWISE)}"
+            raise BadInput.at("optimizer.name", expected, name, f"choose one: {refused} cannot run here, as {reason}")
     by_lower = {known.lower(): known for known in ELEMENTWISE}
     if name.lower() not in by_lower:
-        do = _nearest(name.lower(), by_lower)
+        do = _nearest(name.lower(), by_lower) or "choose one"
         raise BadInput.at("optimizer.name", f"one of {', '.join(by_lower)}", name, do)
     return by_lower[name.lower()]
 
@@ -287,7 +288,7 @@ def _typed(name: str, where: str, arguments: Mapping[str, Any]) -> dict[str, Any
         if key in REFUSED_ARGUMENTS:
             raise BadInput.at(f"{where}.{key}", "no such key", arguments[key], REFUSED_ARGUMENTS[key])
         expected = f"an argument of torch.optim.{name} ({', '.join(defaults)})"
-        raise BadInput.at(f"{where}.{key}", expected, arguments[key], _nearest(key, defaults))
+        raise BadInput.at(f"{where}.{key}", expected, arguments[key], _nearest(key, defaults) or "remove it")
     return {key: _as_type_of(f"{where}.{key}", defaults[key], value) for key, value in arguments.items()}
 
 
@@ -295,15 +296,16 @@ def _as_type_of(key: str, default: object, value: Any) -> Any:
     if default is None or isinstance(default, bool):
         if isinstance(value, bool):
             return value
-        raise BadInput.at(key, "true or false", value)
+        raise BadInput.at(key, "true or false", value, "correct it, or leave it out")
     if isinstance(default, tuple):
         numbers = tuple(map(_number, value)) if isinstance(value, list | tuple) else ()
         if len(numbers) == len(default) and None not in numbers:
             return numbers
-        raise BadInput.at(key, f"a list of {len(default)} numbers, such as {list(default)}", value)
+        do = "correct it, or leave it out"
+        raise BadInput.at(key, f"a list of {len(default)} numbers, such as {list(default)}", value, do)
     number = _number(value)
     if number is None:
-        raise BadInput.at(key, f"a finite number, such as {default}", value)
+        raise BadInput.at(key, f"a finite number, such as {default}", value, "correct it, or leave it out")
     return number
 
 

@@ -70,9 +70,10 @@ def resolve_schedule(section: sections.Schedule, total_steps: int | None) -> Sch
         chosen["steps"] = total_steps
     for key, value in chosen.items():
         if value is None:
-            raise BadInput.at(f"schedule.{key}", f"a value with schedule.name={section.name}", None, "set it")
+            raise BadInput.described(f"schedule.{key}", f"a value with schedule.name={section.name}", "null", "set it")
     if "steps" in used and section.warmup >= chosen["steps"]:
-        raise BadInput.at("schedule.warmup", f"less than the schedule's {chosen['steps']} steps", section.warmup)
+        do = "lower it, or set schedule.steps"
+        raise BadInput.at("schedule.warmup", f"less than the schedule's {chosen['steps']} steps", section.warmup, do)
     return Schedule(section.name, section.warmup, **chosen)
 
 

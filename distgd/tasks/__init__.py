@@ -6,35 +6,34 @@ same in every process: each worker makes its own copy, and only the driver's ini
 Optional methods:
     `eval_data()`: held-out data, in a form that `train_data` may return. Without it there is no evaluation.
     `metrics(model, batch)`: name -> a tensor with one value a sample, or a mean over the batch's samples.
+    `evaluate(model, batches)`: name -> a number, from an iterable over the batches of the whole held-out set, on the
+        model's device, in order; for what is no mean over samples, such as an AUC. It runs beside the loss's own pass.
+    `collate(samples)`: a batch, from a list of a dataset's samples; torch's `default_collate` where there is none.
 
 >>> class Line:
 ...     def model(self): return torch.nn.Linear(1, 1)
 ...     def loss(self, model, batch): return (model(batch[0]) - batch[1]).square().mean()
 ...     def train_data(self): return torch.rand(64, 1), torch.ones(64, 1)
 
-Built-in tasks are such classes too; `BUILT_IN` has their import paths.
+The same can be given piece by piece (`distgd.tasks.pieces`), in Python or by `task.model`, `task.loss`, ... in a
+config. Built-in tasks are classes; `BUILT_IN` has their import paths.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import difflib
-import importlib
-import inspect
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from distgd.config import Data, TaskSection
+from distgd.config import PIECES, Data, TaskSection
 from distgd.errors import BadInput
+from distgd.layout import check_memory
+from distgd.tasks.imports import Parameters, called, imported, nearest, see_current_folder, signature
+from distgd.tasks.pieces import Pieces, named, refuse_unread
+
+__all__ = ["BUILT_IN", "Pieces", "Task", "build", "checked", "load", "tracker"]
 
 BUILT_IN = {
     "char-lm": "distgd.tasks.charlm:CharLM",
@@ -42,6 +41,7 @@ BUILT_IN = {
     "digits": "distgd.tasks.digits:Digits",
     "quadratic": "distgd.tasks.quadratic:Quadratic",
     "synthetic": "distgd.tasks.synthetic:Synthetic",
+    "tabular": "distgd.tasks.tabular:Tabular",
 }
 
 
@@ -59,9 +59,10 @@ class Task(Protocol):
 
 
 def load(section: TaskSection, data: Data) -> Task:
-    """Make the task that a config names. `data.path` goes to a constructor that takes `data_path`.
+    """Make the task that a config names.
 
-    The current folder is put on `sys.path` for a `task.path`.
+    A constructor that takes `data` gets that section, one that takes `data_path` gets `data.path`. The current
+    folder is put on `sys.path` for a `task.path`.
 
     Raises:
         BadInput: an unknown name, a module that does not import, a missing class, arguments that its constructor does
@@ -70,108 +71,94 @@ def load(section: TaskSection, data: Data) -> Task:
     >>> load(TaskSection(name="counting", args={"samples": 4}), Data()).train_data()
     tensor([0, 1, 2, 3])
     """
-    if section.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    made = _made(section.path or _built_in(section.name or ""), dict(section.args), data.path)
-    missing = [name for name in ("model", "loss", "train_data") if not callable(getattr(made, name, None))]
+    see_current_folder()
+    if section.pieces:
+        return cast(Task, named(section, data))
+    made = _made(section.path or _built_in(section.name or ""), dict(section.args), data)
+    return checked("task.path", section.path, made)
+
+
+def checked(key: str, found: object, made: object) -> Task:
+    """`made` as a task.
+
+    Raises:
+        BadInput: a method is missing, or something that is no method has the name of one; the message is about `key`
+            and shows `found`.
+    """
+    methods = {name: getattr(made, name, None) for name in PIECES}
+    missing = [name for name in PIECES[:3] if methods[name] is None]
     if missing:
         expected = "a class with the methods model(), loss(model, batch), train_data()"
-        raise BadInput.at("task.path", expected, section.path, f"add {', '.join(missing)}")
+        raise BadInput.at(key, expected, found, f"add {', '.join(missing)}")
+    for name, method in methods.items():
+        if method is not None and not callable(method):
+            do = "return it from a method of that name"
+            raise BadInput.described(f"task.{name}", "a method", f"an attribute of type {type(method).__name__}", do)
     return cast(Task, made)
+
+
+def tracker(path: str) -> Any:
+    """Make a tracker that `tracking.also` names: a class with the methods `start`, `log` and `finish`.
+
+    Raises:
+        BadInput: it does not import, is not made without arguments, or has not these methods.
+    """
+    see_current_folder()
+    make = imported("tracking.also", path)
+    if not callable(make):
+        raise BadInput.at("tracking.also", "a class", make, "name the class itself")
+    made = called("tracking.also", make, {}, signature("tracking.also", path, make))
+    missing = [name for name in ("start", "log", "finish") if not callable(getattr(made, name, None))]
+    if missing:
+        expected = "a class with the methods start(info), log(event), finish(end)"
+        raise BadInput.at("tracking.also", expected, path, f"add {', '.join(missing)}")
+    return made
 
 
 def build(task: Task, seed: int) -> nn.Module:
     """The task's model, its initial weights decided by `seed` alone. Leaves torch's generator changed.
 
     Raises:
-        BadInput: not an `nn.Module`, or no parameter in it takes a gradient.
+        BadInput: not an `nn.Module`, no parameter in it takes a gradient, or one that cannot be trained here.
     """
     torch.manual_seed(seed)
     model: object = task.model()
     if not isinstance(model, nn.Module):
-        raise BadInput(f"task.model: expected a torch.nn.Module, found {type(model).__name__}; return the model itself")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise BadInput("task.model: expected at least one trainable parameter, found none; set requires_grad=True")
-    return copy.deepcopy(model)  # a task may return one module each time, and every process needs its own
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise BadInput.described("task.model", "a torch.nn.Module", found, "return a module that is made: Net()")
+    check_memory(model)
+    try:  # a task may return one module each time, and every process needs its own
+        return copy.deepcopy(model)
+    except Exception as error:
+        do = "keep locks, files and connections out of it"
+        raise BadInput.described("task.model", "a model that can be copied", f"the error: {error}", do) from error
 
 
 def _built_in(name: str) -> str:
     if name not in BUILT_IN:
-        raise BadInput.at("task.name", f"one of {', '.join(BUILT_IN)}", name, _nearest(name, BUILT_IN))
+        raise BadInput.at("task.name", f"one of {', '.join(BUILT_IN)}", name, nearest(name, BUILT_IN))
     return BUILT_IN[name]
 
 
-def _made(path: str, args: dict[str, Any], data_path: str | None) -> object:
+def _made(path: str, args: dict[str, Any], data: Data) -> object:
     """Import what `path` names and call it with arguments that its signature takes."""
-    make = _imported(path)
-    with _blaming("task.path", "module:Class", path):
-        parameters = inspect.signature(make).parameters
-    if data_path is not None:
-        if "data_path" not in parameters:
-            do = "remove it, or give the task's constructor a parameter data_path"
-            raise BadInput.at("data.path", "null, as this task reads no file", data_path, do)
-        args["data_path"] = data_path
-    _check_names(args, parameters)
-    with _blaming("task.args", "arguments that make the task", args):
-        try:
-            return make(**args)
-        except ValidationError as error:
-            raise _wrong_value(error, args) from error
+    make = imported("task.path", path)
+    if not callable(make):
+        raise BadInput.at("task.path", "a class", make, "name the class itself")
+    parameters = signature("task.path", path, make)
+    taken = _of_data(data, parameters)
+    for name in args.keys() & taken.keys():
+        do = "remove it and set data.path or its like"
+        raise BadInput.at(f"task.args.{name}", "nothing, as it comes from the section data", args[name], do)
+    return called("task.args", make, {**args, **taken}, parameters)
 
 
-def _imported(path: str) -> Callable[..., object]:
-    module_name, _, name = path.partition(":")
-    with _blaming("task.path", "a module that imports, in the current folder or installed", path):
-        module = importlib.import_module(module_name)
-    found = getattr(module, name, None)
-    if not callable(found):
-        classes = [key for key, value in vars(module).items() if inspect.isclass(value)]
-        raise BadInput.at("task.path", f"a class in {module}", name, _nearest(name, classes))
-    return cast("Callable[..., object]", found)
-
-
-def _check_names(args: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-    kinds = {parameter.kind for parameter in parameters.values()}
-    for name in args if inspect.Parameter.VAR_KEYWORD not in kinds else ():
-        if name not in parameters:
-            expected = f"an argument of the task ({', '.join(parameters)})"
-            raise BadInput.at(f"task.args.{name}", expected, args[name], _nearest(name, parameters))
-    for name, parameter in parameters.items():
-        needed = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if needed and name not in args:
-            raise BadInput.at("task.args", f"a value for {name}", dict(args), f"set task.args.{name}")
-
-
-def _wrong_value(error: ValidationError, args: Mapping[str, Any]) -> Exception:
-    """The first wrong argument as a message about its key; the error itself where it is about something else."""
-    first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if name not in args:
-        return error
-    return BadInput(f"task.args.{name}: {first['msg'][0].lower()}{first['msg'][1:]}, found {args[name]!r}")
-
-
-@contextmanager
-def _blaming(key: str, expected: str, found: object) -> Iterator[None]:
-    """Turn an error in somebody else's code into a message about `key`, with that code's own frames."""
-    try:
-        yield
-    except BadInput:
-        raise
-    except Exception as error:
-        ours = (__file__, contextlib.__file__, importlib.__file__, inspect.__file__)
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if frame.filename not in ours and not frame.filename.startswith("<frozen")
-        ]
-        lines = [*traceback.format_list(frames), *traceback.format_exception_only(error)]
-        raise BadInput(f"{BadInput.at(key, expected, found)}\n{''.join(lines).rstrip()}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else ""
+def _of_data(data: Data, parameters: Parameters) -> dict[str, Any]:
+    """The section, or its path alone, for a constructor that takes it. What nobody would read is refused."""
+    if "data" in parameters:
+        return {"data": data}
+    if data.path is not None and "data_path" not in parameters:
+        do = "remove it, or give the task's constructor a parameter data_path"
+        raise BadInput.at("data.path", "null, as this task reads no file", data.path, do)
+    refuse_unread(data)
+    return {} if data.path is None else {"data_path": data.path}

@@ -17,7 +17,7 @@ from torch import nn
 import distgd
 from distgd.config import load
 from distgd.inprocess import InProcessCluster
-from distgd.plan import prepare
+from distgd.prepare import prepare
 from distgd.sources import open_source
 from distgd.weights import fingerprint
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -124,6 +124,10 @@ class Proof:
             return measure
 
         return add
+
+    def extend(self, other: Proof) -> None:
+        """Put the rows of another proof behind these, numbered on."""
+        self.rows += [replace(row, number=len(self.rows) + at) for at, row in enumerate(other.rows, start=1)]
 
 
 class Page:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import statistics
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -23,10 +18,11 @@ from test_bits import OPTIMIZERS
 import distgd
 from distgd.policy import Immediate
 from distgd.sources import Order
-from proofs import outside, poisoned
+from proofs import outside, poisoned, way_in
 from proofs.bits import COVERING, Case, distance_to_whole_batch, same_as_plain_torch
 from proofs.rows import Bench, Measured, Proof
 from proofs.staleness import Setting
+from proofs.trials import events, ray_cluster
 
 proof = Proof()
 
@@ -35,26 +31,6 @@ CONFIGS = ROOT / "configs"
 QUICKSTART = str(CONFIGS / "quickstart.yaml")
 POINTS = 10  # that a curve has at least
 WATCHED = ("train/loss", "eval/accuracy", "throughput/samples_per_s")
-
-
-@contextmanager
-def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this process: the runs inside share it, which saves each the start of its own."""
-    import ray
-
-    with tempfile.TemporaryDirectory(prefix="prove-") as folder:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        ray.init(address="local", num_cpus=8, include_dashboard=False, _temp_dir=folder, **quiet)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def events(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
-    """The events of a kind in a run's metrics.jsonl."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
 def falls(run_dir: str | Path) -> tuple[float, float, bool]:
@@ -370,3 +346,6 @@ def logged_model_loads_back(bench: Bench) -> Measured:
     ended = outside.run([sys.executable, script, store, result["mlflow_run_id"], weights], bench.folder).checked()
     difference = float(ended.out.splitlines()[-1])
     return Measured(f"largest difference {difference:g} over 17 images", difference == 0.0, "mlflow.pytorch.load_model")
+
+
+proof.extend(way_in.proof)

@@ -1,0 +1,86 @@
+"""What a run is to do, and who does it: facts that the driver decides from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from distgd.optim import OptimizerSpec, Schedule
+from distgd.sources import Order
+from distgd.stopping import Judge
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays what: incarnations by role, shards in the order of their index."""
+
+    timeline: int
+    shards: tuple[int, ...]
+    workers: tuple[int, ...]
+    evaluator: int | None
+
+    @property
+    def everybody(self) -> tuple[int, ...]:
+        """Every incarnation but the driver's, shards first."""
+        return (*self.shards, *self.workers, *([self.evaluator] if self.evaluator is not None else []))
+
+    def name(self, incarnation: int) -> str:
+        """An incarnation as people know it.
+
+        >>> Cast(1, (1, 2), (3,), 4).name(2)
+        'shard 1'
+        """
+        for role, members in (("worker", self.workers), ("shard", self.shards)):
+            if incarnation in members:
+                return f"{role} {members.index(incarnation)}"
+        return "the evaluator" if incarnation == self.evaluator else f"process {incarnation}"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the run is to do: `steps` global batches of `order` in one mode.
+
+    `staged` is sync mode; elsewhere `staleness` is the bound, None in async. Evaluation happens every
+    `evaluate_steps` or every `evaluate_seconds`, and at the end. The run may end before `steps`: `seconds` after it
+    began, by the `judge` of its evaluations, or when somebody asks for it.
+    """
+
+    order: Order
+    steps: int
+    staged: bool
+    staleness: int | None
+    optimizer: OptimizerSpec
+    schedule: Schedule
+    evaluate_steps: int | None
+    evaluate_seconds: float | None
+    seconds: float | None = None
+    judge: Judge = field(default_factory=Judge)
+
+    @property
+    def waits(self) -> bool:
+        """Whether training waits for each evaluation, so that the run ends at the same step every time."""
+        return (self.judge.target is not None or self.judge.patience is not None) and self.evaluate_steps is not None
+
+    def versions(self, steps: int) -> int:
+        """The version after so many steps: one a step, or one for each slot that holds samples."""
+        if self.staged:
+            return steps
+        epochs, rest = divmod(steps, self.order.steps_per_epoch)
+        return epochs * self._updates(self.order.steps_per_epoch) + self._updates(rest)
+
+    def steps_of(self, version: int) -> int:
+        """The whole steps in a version."""
+        if self.staged:
+            return version
+        epochs, rest = divmod(version, self._updates(self.order.steps_per_epoch))
+        return epochs * self.order.steps_per_epoch + rest // self.order.slots
+
+    def _updates(self, steps: int) -> int:
+        """Slots that hold samples in an epoch's first `steps`; only its last batch may be short."""
+        if steps < self.order.steps_per_epoch:
+            return steps * self.order.slots
+        return (steps - 1) * self.order.slots + self.order.filled(steps - 1)
+
+    def slots(self) -> Iterator[tuple[int, int]]:
+        """Every (step, slot) that holds samples, in order."""
+        return ((t, k) for t in range(self.steps) for k in range(self.order.filled(t)))
