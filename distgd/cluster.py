@@ -32,7 +32,8 @@ from distgd import events as ev
 from distgd.config import Config
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed, users_error
 from distgd.resources import Resources, by_role, fit
-from distgd.transport import ZmqEndpoint
+from distgd.transport.mixed import MixedEndpoint, Place
+from distgd.transport.segments import Array
 from distgd.wire import Codec
 
 log = logging.getLogger("distgd.cluster")
@@ -58,7 +59,7 @@ class Spec(Protocol):
     def role(self) -> str: ...
     @property
     def rules(self) -> Any: ...
-    def build(self, clock: Callable[[], float]) -> Actor: ...
+    def build(self, clock: Callable[[], float], allocate: Callable[[int, str], Array]) -> Actor: ...
 
 
 class Cluster(Protocol):
@@ -79,25 +80,22 @@ class Process:
     """The event loop of one process: an endpoint, and a state machine once `run` is called."""
 
     def __init__(
-        self, me: int, role: str, secret: bytes, listen: tuple[str, ...], max_bytes: int, path: Sequence[str]
+        self, me: int, role: str, secret: bytes, listen: bool, alone: bool, max_bytes: int, path: Sequence[str]
     ) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
-        host = _node_address() if "tcp" in listen else None
-        codec = Codec(ev.MESSAGES)
         self._me = me
-        self._endpoint = ZmqEndpoint(me, role, secret, codec, listen=listen, host=host, max_bytes=max_bytes)
+        self._endpoint = _endpoint(me, role, secret, max_bytes, listen=listen, alone=alone)
 
-    def whereabouts(self) -> tuple[str, tuple[str, ...]]:
+    def whereabouts(self) -> Place:
         """The Ray node and the addresses that this process listens on."""
-        return _node_id(), self._endpoint.addresses
+        return Place(_node_id(), self._endpoint.addresses)
 
-    def run(self, spec: Spec, peers: Mapping[int, str]) -> str:
+    def run(self, spec: Spec, places: Mapping[int, Place]) -> str:
         """Live until told to end; returns why. An error is sent to the driver before the process ends."""
-        for peer, address in peers.items():
-            self._endpoint.connect(peer, address)
+        self._endpoint.meet(_node_id(), places)
         timeline = spec.rules.timeline
         try:
-            actor = spec.build(time.monotonic)
+            actor = spec.build(time.monotonic, self._endpoint.allocate)
             facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
             self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
             return self._loop(actor)
@@ -130,6 +128,12 @@ class Process:
                         return why
 
 
+def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: bool, alone: bool) -> MixedEndpoint:
+    """This process's endpoint; `alone` says that the run has one machine."""
+    host = None if alone else _node_address()
+    return MixedEndpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
+
+
 def _told(error: BaseException) -> str:
     return str(error) if isinstance(error, DistgdError) else users_error(error)
 
@@ -143,7 +147,9 @@ class RayCluster:
     Args:
         resources: by role.
         start_seconds: how long all processes may take to start.
-        max_bytes: the largest array in a message.
+        max_bytes: the largest array in a message between machines.
+        rest: seconds that the driver sleeps before it looks for messages again, so that it is not woken by each one
+            where nobody waits for its answer.
 
     Raises:
         DeadlineExceeded: not everybody was placed and started in time; says what was asked and what each node has.
@@ -151,11 +157,17 @@ class RayCluster:
     """
 
     def __init__(
-        self, address: str | None, resources: Mapping[str, Resources], start_seconds: float, max_bytes: int
+        self,
+        address: str | None,
+        resources: Mapping[str, Resources],
+        start_seconds: float,
+        max_bytes: int,
+        rest: float = 0.0,
     ) -> None:
         self._resources = resources
         self._start_seconds = start_seconds
         self._max_bytes = max_bytes + MESSAGE_SLACK
+        self._rest, self._rested = rest, True
         self._address = address
         self._secret = secrets.token_bytes(32)
         self._running: dict[Any, int] = {}  # the call that is a process's life -> incarnation
@@ -164,7 +176,7 @@ class RayCluster:
         self._looked = 0.0
         self._joined = False
         self._private: Path | None = None
-        self._endpoint: ZmqEndpoint | None = None
+        self._endpoint: MixedEndpoint | None = None
 
     def now(self) -> float:
         """Seconds of a monotonic clock."""
@@ -179,23 +191,19 @@ class RayCluster:
             self.connect(sum(self._resources[spec.role].cpus for spec in specs.values()))
         self._check_gpus(specs)
         self._check_trial(specs)
-        listen = ("ipc", "tcp") if len(_nodes()) > 1 else ("ipc",)
-        codec = Codec(ev.MESSAGES)
-        host = _node_address() if "tcp" in listen else None
-        self._endpoint = ZmqEndpoint(
-            ev.DRIVER, "driver", self._secret, codec, listen=listen, host=host, max_bytes=self._max_bytes
-        )
+        alone = len(_nodes()) == 1
+        self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen=True, alone=alone)
         for incarnation, spec in specs.items():
-            self._actors[incarnation] = self._actor(incarnation, spec, listen)
+            self._actors[incarnation] = self._actor(incarnation, spec, alone=alone)
         asked = {actor.whereabouts.remote(): incarnation for incarnation, actor in self._actors.items()}
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=self._start_seconds)
         if late:
             raise self._not_placed([specs[asked[ref]].role for ref in late], self.now() - began)
-        places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: (_node_id(), self._endpoint.addresses)}
+        places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: Place(_node_id(), self._endpoint.addresses)}
+        self._endpoint.meet(_node_id(), {i: Place(place.node, ()) for i, place in places.items()})
         for incarnation, spec in specs.items():
-            peers = _reachable(incarnation, places)
             try:
-                life = self._actors[incarnation].run.remote(spec, peers)
+                life = self._actors[incarnation].run.remote(spec, places)
             except (TypeError, pickle.PicklingError) as error:
                 do = "keep locks, files and connections out of the task object, or make them in its methods"
                 found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
@@ -245,6 +253,7 @@ class RayCluster:
                     include_dashboard=False,
                     object_store_memory=max(128 << 20, 4 * self._max_bytes),
                     _temp_dir=str(self._private),
+                    _system_config={"worker_niceness": 0},  # Ray makes actors give way to whatever else runs here
                     **QUIET,
                 )
             except Exception as error:
@@ -292,15 +301,15 @@ class RayCluster:
             found = f"{free} beside what runs there already"
             raise BadInput.at("cluster", f"a placement group with room for {wanted}", found, do)
 
-    def _actor(self, incarnation: int, spec: Spec, listen: tuple[str, ...]) -> Any:
+    def _actor(self, incarnation: int, spec: Spec, *, alone: bool) -> Any:
         import ray
 
         resources = self._resources[spec.role]
         path = [os.path.abspath(folder) for folder in sys.path]  # what imports here imports there
-        listens = listen if spec.role == "server" else ()  # everybody else dials
+        listens = spec.role == "server"  # everybody else dials
         remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0)
         named = type(spec.role.capitalize(), (Process,), {})  # so that `ps` and Ray's pages tell who is who
-        return remote(named).remote(incarnation, spec.role, self._secret, listens, self._max_bytes, path)
+        return remote(named).remote(incarnation, spec.role, self._secret, listens, alone, self._max_bytes, path)
 
     def _not_placed(self, late: Sequence[str], seconds: float) -> DistgdError:
         asked = ", ".join(f"{r} {w.cpus:g} CPU {w.gpus:g} GPU" for r, w in self._resources.items())
@@ -324,9 +333,14 @@ class RayCluster:
         while True:
             if self.now() >= self._looked + POLL:
                 self._look()
-            arrived = self._endpoint.receive(max(0.0, min(POLL, until - self.now())))
+            arrived = self._endpoint.receive(0.0 if not self._rested else max(0.0, min(POLL, until - self.now())))
             if arrived is not None:
+                self._rested = self._rest == 0.0
                 return arrived
+            if not self._rested:
+                time.sleep(self._rest)
+                self._rested = True
+                continue
             if self._gone:
                 return self._gone.popleft()
             if self.now() >= until:
@@ -397,18 +411,6 @@ def shared_cluster(configs: Sequence[Config], max_bytes: int) -> Iterator[None]:
 def _cpus(config: Config) -> float:
     counts = {"server": config.cluster.servers, "worker": config.cluster.workers, "evaluator": 1}
     return sum(counts[role] * wanted.cpus for role, wanted in by_role(config).items())
-
-
-def _reachable(me: int, places: Mapping[int, tuple[str, tuple[str, ...]]]) -> dict[int, str]:
-    """How to reach everybody who listens: over ipc on the same Ray node, over tcp elsewhere."""
-    mine = places[me][0]
-    peers = {}
-    for peer, (node, addresses) in places.items():
-        near = [a for a in addresses if a.startswith("ipc")] if node == mine else []
-        far = [a for a in addresses if a.startswith("tcp")]
-        if peer != me and (near or far):
-            peers[peer] = (near or far)[0]
-    return peers
 
 
 def _why_not(error: Exception) -> str:

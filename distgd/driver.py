@@ -205,14 +205,22 @@ class Driver:
             extra |= {"grad/norm": event.norm, "grad/clip": event.clip}
         if self.tally.dropped:
             extra |= {"quorum/dropped_slots": float(len(dropped)), "quorum/late_slots": float(event.late)}
-        return [*lines, *self._stepped(list(event.stats), event.times, extra, now)]
+        known = event.since and self.tally.first_commit is not None
+        at = min(now, self.tally.last_commit + event.since) if known else now
+        return [*lines, *self._stepped(list(event.stats), event.times, extra, now, at)]
 
     def _stepped(
-        self, stats: list[ev.SlotStats], times: dict[int, dict[str, float]], extra: dict[str, float], now: float
+        self,
+        stats: list[ev.SlotStats],
+        times: dict[int, dict[str, float]],
+        extra: dict[str, float],
+        now: float,
+        at: float | None = None,
     ) -> list[Effect]:
+        """A step is done; it was `at`, if not now."""
         index = {worker: i for i, worker in enumerate(self.cast.workers)}
         by_index = {index[worker]: spent for worker, spent in times.items() if worker in index}
-        log = Log(self.tally.stepped(stats, by_index, extra, now))
+        log = Log(self.tally.stepped(stats, by_index, extra, now if at is None else at))
         if self._over:
             return [log, *self._finale()]
         seconds = self.assignment.seconds

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from distgd import events as ev
@@ -16,6 +17,7 @@ from distgd.layout import Slice
 from distgd.replica import Array, Blueprint, Replica
 from distgd.shard import ShardRules
 from distgd.sources import Source
+from distgd.transport.segments import Allocate
 from distgd.worker import TaskSource
 
 
@@ -36,7 +38,7 @@ class EvaluatorSpec:
 
     role = "evaluator"
 
-    def build(self, clock: Callable[[], float]) -> Evaluator:
+    def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Evaluator:
         """Build model and evaluation data, and check that they are those of the driver.
 
         Raises:

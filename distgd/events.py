@@ -137,6 +137,7 @@ class GradientArrived:
 
     `version` is the version read from this shard. `gradient` is None where every slot of the range is empty. `bad` are
     the slots whose loss or gradient is not finite. `stats`, `times` (seconds by phase) and `buffers` go to shard 0.
+    `reads`, where it is not negative, also asks for the version that this step makes, as `PullRequested.buffers` would.
     """
 
     timeline: int
@@ -152,6 +153,7 @@ class GradientArrived:
     buffers: np.ndarray[Any, Any] | None
     stats: tuple[SlotStats, ...] = ()
     times: dict[str, float] = field(default_factory=dict)
+    reads: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +224,10 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class StepCommitted:
-    """Shard 0 committed a step. `times` maps a worker's incarnation to its seconds by phase."""
+    """Shard 0 committed a step. `times` maps a worker's incarnation to its seconds by phase.
+
+    `since` are the seconds since the commit before, by the shard's clock: the driver may hear of several at once.
+    """
 
     timeline: int
     step: int
@@ -235,6 +240,7 @@ class StepCommitted:
     norm: float | None
     clip: float
     apply_seconds: float
+    since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from distgd import events as ev
@@ -72,7 +73,7 @@ class InProcessCluster:
         """Build processes by incarnation; each reports that it is ready."""
         for incarnation, spec in specs.items():
             self._endpoints[incarnation] = self._network.endpoint(incarnation)
-            self._processes[incarnation] = _Process(spec.build(self.now))
+            self._processes[incarnation] = _Process(spec.build(self.now, np.zeros))
             ready = ev.ProcessReady(spec.rules.timeline, {"device": "this process"})
             self._endpoints[incarnation].send(ev.DRIVER, ready)
 

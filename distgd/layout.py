@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
+from math import isfinite, prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,11 @@ from distgd.errors import BadInput
 
 ALIGN = 64
 """Elements; 256 bytes of float32, a multiple of every vector width and cache line in use."""
+
+CUT = 16
+"""Blocks; 4096 bytes of float32, a whole page of memory."""
+FINE = 8
+"""Slices that hold fewer pages are cut at blocks; copying them is nothing."""
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
@@ -119,9 +125,13 @@ class Layout:
         return int(np.dtype(self.dtype).itemsize)
 
     def slices(self, shards: int) -> tuple[Slice, ...]:
-        """Cut the vector for `shards` servers, at multiples of `ALIGN`, in parts that differ by one block at most."""
+        """Cut the vector for `shards` servers, at multiples of `ALIGN`, in parts that differ by one block at most.
+
+        Large ones are cut at whole pages of memory, so that a slice can be shared; they differ by two pages at most.
+        """
         blocks = self.size // ALIGN
-        cuts = [blocks * i // shards * ALIGN for i in range(shards + 1)]
+        unit = CUT if blocks >= FINE * shards * CUT else 1
+        cuts = [blocks // unit * i // shards * unit * ALIGN for i in range(shards)] + [self.size]
         return tuple(Slice(i, lo, hi, self._pieces(lo, hi)) for i, (lo, hi) in enumerate(pairwise(cuts)))
 
     def _pieces(self, lo: int, hi: int) -> tuple[Piece, ...]:
@@ -136,9 +146,9 @@ class Layout:
         """The tensors inside `flat` ([size]), without copies."""
         return {e.name: flat[e.start : e.start + e.size].view(e.shape) for e in self.entries}
 
-    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Copy named tensors into a new flat vector, [size]."""
-        flat = self.zeros()
+    def flatten(self, tensors: Mapping[str, Tensor], out: Tensor | None = None) -> Tensor:
+        """Copy named tensors into a flat vector, [size]: `out`, which holds zeros between them, or a new one."""
+        flat = self.zeros() if out is None else out
         for name, view in self.views(flat).items():
             view.copy_(tensors[name].detach())
         return flat
@@ -203,6 +213,14 @@ def _refuse_overlap(parameters: Mapping[str, nn.Parameter]) -> None:
             )
 
 
+def tensor_of(array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor over an array's memory; whoever gets a read-only array does not write to the tensor either."""
+    if not array.flags.writeable:
+        array = array.view()
+        array.flags.writeable = True  # torch knows no read-only memory and warns of it
+    return torch.from_numpy(array)
+
+
 def block_squares(flat: Tensor) -> Tensor:
     """Sums of squares of blocks of `ALIGN` elements, float64, [size / ALIGN]; `flat` is a multiple of `ALIGN` long."""
     norms: Tensor = torch.linalg.vector_norm(flat.view(-1, ALIGN), dim=1, dtype=torch.float64)
@@ -212,6 +230,17 @@ def block_squares(flat: Tensor) -> Tensor:
 def squared_norm(blocks: Tensor) -> float:
     """Add `block_squares` in block order: the same number for every way to cut the vector."""
     return float(np.add.accumulate(blocks.numpy())[-1]) if blocks.numel() else 0.0
+
+
+def squared(block: Tensor) -> float:
+    """The sum of squares of up to about a million elements; adds in the dtype of `block`, in an order of torch's.
+
+    For a number that no cut of the vector may change, see `block_squares`.
+    """
+    square = float(torch.dot(block, block))
+    if isfinite(square):
+        return square
+    return float(torch.linalg.vector_norm(block, dtype=torch.float64).square())  # it may have overflowed
 
 
 @dataclass(frozen=True)

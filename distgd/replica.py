@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from distgd import tasks
 from distgd.errors import BadInput, RunFailed, blaming
 from distgd.events import SlotStats
-from distgd.layout import BufferLayout, Layout, Slice, block_squares, parameters, squared_norm
+from distgd.gradients import GradientTaker
+from distgd.layout import BufferLayout, Layout, Slice, parameters, tensor_of
 from distgd.optim import clip_scale
 from distgd.sources import (
     Batch,
@@ -36,6 +37,7 @@ from distgd.sources import (
     slot_seed,
     to_device,
 )
+from distgd.transport.segments import Window
 
 Array = np.ndarray[Any, Any]
 
@@ -148,25 +150,37 @@ class Replica:
                 parameter.data.copy_(torch.from_numpy(frozen[name]))
         self.layout = Layout.of_model(self.model)
         self.model.to(self.device)
-        self.flat = self.layout.flatten(parameters(self.model)).to(self.device)
+        self._window = Window(self.layout.size * self.layout.itemsize)
+        self.flat = torch.from_numpy(self._window.memory).view(self.layout.torch_dtype).to(self.device)
+        self.layout.flatten(parameters(self.model), self.flat)
         self.layout.adopt(self.model, self.flat)
         self.buffer_layout = BufferLayout.of_model(self.model)
         self.buffers = self.buffer_layout.pack(self.model)  # their committed value
-        self._grad = torch.zeros_like(self.flat) if self.device.type != "cpu" else None
+        self._taker = GradientTaker(self.layout, self.model)
 
     def frozen(self) -> dict[str, Array]:
         """Values of the parameters that take no gradient, by name."""
         return {n: p.detach().cpu().numpy().copy() for n, p in parameters(self.model).items() if not p.requires_grad}
 
-    def install(self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None) -> None:
-        """Copy every shard's slice (by the shard's index) into the parameters; `buffers` become the committed ones."""
+    def install(
+        self, slices: Sequence[Slice], weights: Mapping[int, Array], buffers: Array | None, *, shared: bool = False
+    ) -> None:
+        """Make every shard's slice (by the shard's index) the parameters'; `buffers` become the committed ones.
+
+        Args:
+            shared: parameters may be views of a shard's own memory, which changes when it applies a step; else, and
+                where they cannot be, slices are copied.
+        """
         for part in slices:
-            self.flat[part.start : part.stop].copy_(torch.from_numpy(weights[part.index]))
+            array = weights[part.index]
+            views = shared and self.device.type == "cpu"
+            if not (views and self._window.show(part.start * self.layout.itemsize, array)):
+                self.flat[part.start : part.stop].copy_(tensor_of(array))
         if buffers is not None:
             self.buffers = buffers
 
     def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
-        """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU).
+        """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU, zeros between tensors).
 
         An empty slot has weight 0, and so has one whose loss says so, whatever its value; neither counts for the step.
         `stats.seconds` is left 0.
@@ -181,42 +195,24 @@ class Replica:
         self.buffer_layout.unpack(self.buffers, self.model)
         seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
         self.model.train()
-        grad = out if self._grad is None else self._grad
-        loss, weight = self._backward(batch, samples, grad)
+        loss, weight = self._loss(batch, samples)
         if weight == 0.0:
             return SlotGradient.empty(slot, samples)
-        if grad is not out:
-            out.copy_(grad)
-        square = squared_norm(block_squares(out))
+        square = self._taker.backward(loss, out, weight if self.clip is None else 1.0)
         if self.clip is not None:
-            out.mul_(clip_scale(square, self.clip))
-        out.mul_(weight)
+            out.mul_(clip_scale(square, self.clip)).mul_(weight)
+        else:
+            square /= weight * weight
         packed = self.buffer_layout.pack(self.model)
         changed = packed if not np.array_equal(packed, self.buffers) else None
-        stats = SlotStats(slot, samples, weight, loss, square, 0.0)
+        stats = SlotStats(slot, samples, weight, float(loss.detach()), square, 0.0)
         fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
-        return SlotGradient(stats, bad=not (fits and isfinite(loss)), buffers=changed)
+        return SlotGradient(stats, bad=not (fits and isfinite(stats.loss)), buffers=changed)
 
     def batch(self, source: Source, order: Order, step: int, slot: int) -> Batch:
         """A slot's samples, on the device."""
         seed_everything(data_seed(self.seed, order.epoch_of(step), step, slot))
         return to_device(source.batch(order.indices(step, slot)), self.device)
-
-    def _backward(self, batch: Batch, samples: int, grad: Tensor) -> tuple[float, float]:
-        grad.zero_()
-        views, named = self.layout.views(grad), parameters(self.model)
-        for name, view in views.items():
-            named[name].grad = view
-        loss, weight = self._loss(batch, samples)
-        if weight == 0.0:
-            return float(loss.detach()), weight
-        _differentiate(loss)
-        for name, view in views.items():
-            if named[name].grad is not view:
-                do = "leave .grad and zero_grad() to the run"
-                found = f"another .grad of {name}"
-                raise BadInput.described("task.loss", "a loss that leaves gradients alone", found, do)
-        return float(loss.detach()), weight
 
     def _loss(self, batch: Batch, samples: int) -> tuple[Tensor, float]:
         answer = self.task.loss(self.model, batch)
@@ -289,9 +285,9 @@ class Replica:
 
     def plain_model(self) -> nn.Module:
         """The model with memory of its own for every parameter, on the CPU; this replica is of no use afterwards."""
+        self._taker.leave()
         for parameter in self.model.parameters():
             parameter.data = parameter.data.cpu().clone()
-            parameter.grad = None
         return self.model.cpu()
 
     def train_source(self) -> Source:
@@ -327,19 +323,6 @@ def _weight(weight: object) -> float:
         do = "return (mean, weight), such as the tokens in it"
         raise BadInput.described("task.loss", "a weight >= 0", _kind(weight) if number is None else f"{number}", do)
     return number
-
-
-def _differentiate(loss: Tensor) -> None:
-    if not loss.requires_grad:
-        do = "compute it from the model's output, without detach(), item() or torch.no_grad()"
-        raise BadInput.described("task.loss", "a loss that depends on the parameters", "one without a gradient", do)
-    try:
-        loss.backward()  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        do = "leave backward() to the run"
-        raise BadInput.described("task.loss", "a loss to differentiate", "one that has been already", do) from error
 
 
 def _weighted(name: str, value: object, samples: int) -> tuple[float, float]:

@@ -19,6 +19,10 @@ from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule
 from distgd.policy import Immediate, Policy, Staged
 from distgd.shard import Shard, ShardRules
 from distgd.sources import Order
+from distgd.transport.segments import Allocate
+
+BLOCK = 1 << 19
+"""Elements stepped at once: few enough for the cache, and so many that the cost of torch's calls does not show."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class ServerSpec:
 
     role = "server"
 
-    def build(self, clock: Callable[[], float]) -> Server:
-        """Make the server; one intra-op thread, as many servers share a machine."""
+    def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Server:
+        """Make the server, its weights in memory from `allocate`; one intra-op thread, as many share a machine."""
         torch.set_num_threads(1)
-        return Server(self, clock)
+        return Server(self, clock, allocate)
 
     def policy(self) -> Policy:
         """The rule of the run's mode."""
@@ -61,21 +65,23 @@ class ServerSpec:
 class Server:
     """One shard as an actor."""
 
-    def __init__(self, spec: ServerSpec, clock: Callable[[], float]) -> None:
-        weights = torch.from_numpy(spec.weights.copy())
+    def __init__(self, spec: ServerSpec, clock: Callable[[], float], allocate: Allocate) -> None:
+        weights = torch.from_numpy(allocate(spec.part.size, spec.weights.dtype.str))
+        weights.copy_(torch.from_numpy(spec.weights))
         pieces = [(p.name, weights[p.start : p.start + p.size]) for p in spec.part.pieces]
         self.shard = Shard(
             spec.rules,
             spec.part,
             weights,
             spec.buffers,
-            PieceOptimizer(spec.optimizer, pieces),
+            PieceOptimizer(spec.optimizer, pieces, block=BLOCK),
             spec.policy(),
             spec.schedule,
             eager=spec.quorum == spec.rules.slots,
         )
         self._clock = clock
         self._timeline = spec.rules.timeline
+        self._committed = clock()
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message; a committed step's report says how long this message took to apply."""
@@ -92,11 +98,11 @@ class Server:
         """A server has no work that takes time apart from messages."""
         raise NotImplementedError(f"a server computes nothing, yet was given {work!r}")
 
-    @staticmethod
-    def _timed(effect: ev.Effect, seconds: float) -> ev.Effect:
+    def _timed(self, effect: ev.Effect, seconds: float) -> ev.Effect:
         match effect:
             case ev.Send(to, ev.StepCommitted() as message):
-                return ev.Send(to, replace(message, apply_seconds=seconds))
+                before, self._committed = self._committed, self._clock()
+                return ev.Send(to, replace(message, apply_seconds=seconds, since=self._committed - before))
             case ev.Send(to, ev.PushAnswered() as message):
                 return ev.Send(to, replace(message, seconds=seconds))
             case _:

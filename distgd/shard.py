@@ -23,9 +23,10 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd import policy as pol
-from distgd.layout import Slice, block_squares, squared_norm
+from distgd.layout import Slice, block_squares, squared_norm, tensor_of
 from distgd.optim import PieceOptimizer, Schedule, clip_scale
 from distgd.reduce import Node, Sum, Tree
+from distgd.staging import Mean, Part, add
 
 SNAPSHOTS_KEPT = 2  # one that is being read, and the one after it
 Array = np.ndarray[Any, Any]
@@ -80,11 +81,11 @@ class Shard:
         self.optimizer = optimizer
         self.policy = policy
         self.schedule = schedule
-        self.grad = torch.zeros_like(weights)
-        self._piece_grads = [self.grad[p.start : p.start + p.size] for p in part.pieces]
+        self._blocks = [_Block.of(part, cuts) for cuts in optimizer.blocks]
+        self._scratch = torch.empty(max((b.stop - b.first for b in self._blocks), default=0), dtype=weights.dtype)
         self._eager = eager
-        self._tree: Tree[Tensor] = Tree(rules.slots, _add, eager=eager)
-        self._mean_of: frozenset[int] | None = None  # the slots whose mean `grad` holds now
+        self._tree: Tree[Part] = Tree(rules.slots, add, eager=eager)
+        self._measured: tuple[frozenset[int], Tensor] | None = None  # slots, and their mean where its norm was needed
         self._staged: dict[Node, ev.GradientArrived] = {}  # headers of what the tree holds (sync)
         self._sources: dict[Node, int] = {}  # who pushed them
         self._norm: float | None = None  # shard 0: the norm that the last decision was made with
@@ -176,7 +177,8 @@ class Shard:
             if refused:
                 return [self._answer(source, pull.lease, "gone")]
         if self.version < pull.at_least:
-            self._pulls.append((source, pull))
+            if (source, pull) not in self._pulls:
+                self._pulls.append((source, pull))
             return []
         return [self._weights_for(source, pull)]
 
@@ -188,7 +190,7 @@ class Shard:
             self.version,
             pull.lease,
             self.buffers_version,
-            self._copy(),
+            self.weights.numpy() if self._eager else self._copy(),
             self.buffers if newer else None,
         )
         return ev.Send(source, message)
@@ -211,7 +213,9 @@ class Shard:
                 self._stage(node, source, push)
             elif pol.Drop(node, "late") in decisions:
                 self.late += push.stop - push.first
-            return self._obey(decisions)
+            reads = ev.PullRequested(self.rules.timeline, push.step + 1, push.reads)
+            asked = self._pull(source, reads) if push.reads >= 0 else []
+            return [*asked, *self._obey(decisions)]
         key = (source, push.lease)
         self._waiting.setdefault(key, (source, push))
         return self._obey(self.policy.handle(pol.Arrived(key, push.step, node, 0, push.version, bad)))
@@ -223,8 +227,10 @@ class Shard:
         self._staged[node] = replace(push, gradient=None)
         self._sources[node] = source
         self._tree.discard(node)
-        value = None if push.gradient is None else torch.from_numpy(push.gradient)
-        self._tree.put(node, Sum(value, push.weight, owned=True))
+        if push.gradient is None:
+            self._tree.put(node, Sum(None, push.weight, owned=False))
+        else:
+            self._tree.put(node, Sum(tensor_of(push.gradient), push.weight, push.gradient.flags.writeable))
 
     def _obey(self, decisions: list[pol.Decision]) -> list[ev.Effect]:
         effects: list[ev.Effect] = []
@@ -260,8 +266,7 @@ class Shard:
     def _report(self, attempt: int, slots: frozenset[int], bad: frozenset[int], *, measure: bool) -> list[ev.Effect]:
         squares = None
         if measure and self.rules.clip is not None:
-            self._fill_mean(slots)
-            squares = block_squares(self.grad).numpy()
+            squares = block_squares(self._measure(slots)).numpy()
         report = ev.ShardFilled(
             self.rules.timeline,
             self.part.index,
@@ -304,10 +309,7 @@ class Shard:
         commit = self._commit
         assert commit is not None
         if decision.apply:
-            self._fill_mean(decision.slots)
-            if commit.clip != 1.0:
-                self.grad.mul_(commit.clip)
-            self.optimizer.step(self._piece_grads, self.schedule.factor(decision.step))
+            self._step(self._mean(decision.slots, commit.clip), self.schedule.factor(decision.step))
             if 0 in decision.slots:
                 self._commit_buffers(next(push.buffers for node, push in self._staged.items() if node[0] == 0))
         self.version += 1
@@ -316,10 +318,10 @@ class Shard:
         self._staged.clear()
         self._sources.clear()
         self._squares.clear()
-        self._mean_of = None
+        self._measured = None
         for number in commit.snapshots:
             self._due[number] = self.version
-        return [*effects, *self._advanced()]
+        return [*self._advanced(), *effects]  # workers wait, the driver does not
 
     def _record(self, commit: ev.Commit) -> ev.StepCommitted:
         times: dict[int, dict[str, float]] = {}
@@ -343,16 +345,23 @@ class Shard:
             0.0,
         )
 
-    def _fill_mean(self, slots: frozenset[int]) -> None:
-        """Make `grad` the mean gradient over `slots`: the tree's sum, divided once."""
-        if self._mean_of == slots:
-            return
-        total = self._tree.total(slots)
-        if total.value is None:
-            self.grad.zero_()
-        else:
-            torch.div(total.value, total.weight, out=self.grad)
-        self._mean_of = slots
+    def _measure(self, slots: frozenset[int]) -> Tensor:
+        """The mean gradient over `slots` as one vector, kept for the step."""
+        if self._measured is None or self._measured[0] != slots:
+            mean = Mean(self._tree.total(slots)).block(0, self.part.size, torch.empty_like(self.weights))
+            self._measured = (slots, mean)
+        return self._measured[1]
+
+    def _mean(self, slots: frozenset[int], clip: float) -> Mean:
+        if self._measured is not None and self._measured[0] == slots:
+            return Mean(Sum(self._measured[1], 1.0, owned=True), clip)
+        return Mean(self._tree.total(slots), clip)
+
+    def _step(self, mean: Mean, factor: float) -> None:
+        """One update, block by block: gradients and weights are read once, and a block's mean stays in the cache."""
+        for number, block in enumerate(self._blocks):
+            grad = mean.block(block.first, block.stop, self._scratch[: block.stop - block.first])
+            self.optimizer.step_block(number, [grad[lo:hi] for lo, hi in block.parts], factor)
 
     def _commit_buffers(self, buffers: Array | None) -> None:
         if self.leads and buffers is not None:
@@ -364,11 +373,10 @@ class Shard:
     def _apply_push(self, decision: pol.ApplyPush) -> list[ev.Effect]:
         source, push = self._waiting.pop(decision.key)
         if decision.apply and push.gradient is not None:
-            torch.div(torch.from_numpy(push.gradient), push.weight, out=self.grad)
             scale = self.schedule.factor(push.step)
             if self.rules.scale_lr:
                 scale /= max(1, decision.staleness)
-            self.optimizer.step(self._piece_grads, scale)
+            self._step(Mean(Sum(tensor_of(push.gradient), push.weight, owned=False)), scale)
             self._commit_buffers(push.buffers)
         self.version += 1
         return [self._answer(source, push.lease, "applied", decision.staleness), *self._advanced()]
@@ -422,11 +430,16 @@ class Shard:
         return []
 
 
-def _add(left: Sum[Tensor], right: Sum[Tensor]) -> Sum[Tensor]:
-    """Add right to left, into the memory of an owned side where there is one."""
-    assert left.value is not None and right.value is not None
-    if left.owned:
-        return Sum(left.value.add_(right.value), 0.0, True)
-    if right.owned:
-        return Sum(torch.add(left.value, right.value, out=right.value), 0.0, True)
-    return Sum(left.value + right.value, 0.0, True)
+@dataclass(frozen=True)
+class _Block:
+    """Elements [first, stop) of the shard, and the pieces in them, counted from `first`."""
+
+    first: int
+    stop: int
+    parts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, part: Slice, cuts: list[tuple[int, int, int]]) -> _Block:
+        places = [(part.pieces[i].start + lo, part.pieces[i].start + hi) for i, lo, hi in cuts]
+        first, stop = places[0][0], places[-1][1]
+        return cls(first, stop, tuple((lo - first, hi - first) for lo, hi in places))

@@ -50,6 +50,7 @@ __all__ = ["Plan", "Result", "launch", "new_folder", "prepare", "train"]
 log = logging.getLogger("distgd.trainer")
 
 POINTS = 1000  # of each metric in MLflow, where the config does not say
+REST = 0.005  # seconds between two looks at what shards have committed
 STATUS_SECONDS = 3.0  # how long processes get to say what they do before a deadline's error is written
 
 Watch = Callable[[dict[str, Any]], object]
@@ -437,7 +438,9 @@ def _cluster(plan: Plan) -> Cluster:
     if config.cluster.backend == "inprocess":
         torch.set_num_threads(config.cluster.threads)
         return InProcessCluster(config.run.seed)
-    return RayCluster(config.cluster.address, by_role(config), config.cluster.start_seconds, plan.largest_message)
+    rest = REST if plan.staged else 0.0  # elsewhere workers wait for leases
+    cluster = config.cluster
+    return RayCluster(cluster.address, by_role(config), cluster.start_seconds, plan.largest_message, rest)
 
 
 def _mlflow(plan: Plan) -> Mlflow:

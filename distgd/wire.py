@@ -100,10 +100,10 @@ def _is_array(hint: Any) -> bool:
 
 def _array(described: Any, frame: Any) -> np.ndarray[Any, Any]:
     dtype, shape = np.dtype(described[0]), tuple(int(n) for n in described[1])
-    memory = memoryview(frame)
+    memory = frame if isinstance(frame, np.ndarray) else np.frombuffer(memoryview(frame), dtype=np.uint8)
     if dtype.hasobject or memory.nbytes != prod(shape) * dtype.itemsize:
         raise ValueError(f"{memory.nbytes} bytes for {dtype} {shape}")
-    array = np.frombuffer(memory, dtype=dtype).reshape(shape)
+    array: np.ndarray[Any, Any] = memory.view(dtype).reshape(shape)
     return array if array.flags.aligned else array.copy()  # small frames lie anywhere in ZeroMQ's buffer
 
 

@@ -28,6 +28,7 @@ from distgd.replica import Blueprint, Replica, SlotGradient
 from distgd.shard import ShardRules
 from distgd.sources import Order
 from distgd.tasks import Task, load
+from distgd.transport.segments import Allocate
 
 Array = np.ndarray[Any, Any]
 
@@ -64,7 +65,7 @@ class WorkerSpec:
 
     role = "worker"
 
-    def build(self, clock: Callable[[], float]) -> Worker:
+    def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Worker:
         """Build model and data, and check that they are those of the driver.
 
         Raises:
@@ -77,7 +78,7 @@ class WorkerSpec:
         replica = Replica(self.task.load(), self.seed, self.device, self.frozen, self.clip)
         source = replica.train_source()
         self.blueprint.check(replica.blueprint(source), "train_data")
-        return Worker(self, replica, source, clock)
+        return Worker(self, replica, source, clock, allocate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +112,18 @@ class Reading:
 class Worker:
     """The state machine; `perform` computes a slot."""
 
-    def __init__(self, spec: WorkerSpec, replica: Replica, source: Any, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, spec: WorkerSpec, replica: Replica, source: Any, clock: Callable[[], float], allocate: Allocate
+    ) -> None:
         self.spec = spec
+        self._allocate = allocate
         self.replica = replica
         self._source = source
         self._clock = clock
         self._timeline = spec.rules.timeline
         self._shards = spec.rules.incarnations
         self._members = -1
-        self._buffers_version = 0
+        self.buffers_version = 0
         self._pool: list[Tensor] = []
         self._token = 0
         self._times: dict[str, float] = {}
@@ -169,20 +173,25 @@ class Worker:
 
     def pull(self, at_least: int, lease: int = -1, step: int = -1, slot: int = -1) -> ev.PullRequested:
         """A request for weights, saying which buffers are here already."""
-        return ev.PullRequested(self._timeline, at_least, self._buffers_version, lease, step, slot)
+        return ev.PullRequested(self._timeline, at_least, self.buffers_version, lease, step, slot)
 
     def install(self, have: dict[int, ev.WeightsSent]) -> None:
-        """Copy every shard's slice, and newer buffers, into the replica."""
+        """Make every shard's slice the replica's, and newer buffers.
+
+        Where a step needs every slot nobody computes while shards apply, so that the shards' own memory may be read.
+        """
         began = self._clock()
         self._times["wait"] = began - self._pushed_at if self._pushed_at else 0.0
         weights = {shard: sent.weights for shard, sent in have.items()}
-        self.replica.install(self.spec.slices, weights, have[0].buffers)
-        self._buffers_version = max(self._buffers_version, have[0].buffers_version)
+        shared = self.spec.rules.staged and self.spec.quorum == self.spec.rules.slots
+        self.replica.install(self.spec.slices, weights, have[0].buffers, shared=shared)
+        self.buffers_version = max(self.buffers_version, have[0].buffers_version)
         self._times["pull"] = self._clock() - began
 
     def compute(self, step: int, slot: int) -> ev.Compute:
         """Start on a slot."""
-        out = self._pool.pop() if self._pool else self.spec.blueprint.layout.zeros()
+        layout = self.spec.blueprint.layout
+        out = self._pool.pop() if self._pool else torch.from_numpy(self._allocate(layout.size, layout.dtype))
         return ev.Compute(SlotWork(self._token, step, slot, out))
 
     def abandon(self) -> None:
@@ -287,7 +296,13 @@ class _Sync:
         self.tree = Tree(self.slots, self._add)
         if version >= self.last:
             return []
-        return [*self._ask(version + 1), *self._next_round()]
+        follow = self._next_round()
+        return [*([] if self.asks_with_push else self._ask(version + 1)), *follow]
+
+    @property
+    def asks_with_push(self) -> bool:
+        """Whether the next version is asked for by this step's pushes: it cannot exist before they arrive."""
+        return bool(self.round) and self.quorum == self.slots
 
     def _next_round(self) -> list[ev.Effect]:
         own = self.worker.spec.incarnation
@@ -328,7 +343,10 @@ class _Sync:
             results[0].buffers if node[0] == 0 else None,
             tuple(r.stats for r in results),
             self.worker.take_times(sum(r.stats.seconds for r in results)),
+            self.worker.buffers_version if self.asks_with_push else -1,
         )
+        if push.reads >= 0:
+            self.read.asked = dict.fromkeys(range(self.shards), self.step + 1)
         return self.worker.push(push, part.value, dict.fromkeys(range(self.shards), self.step))
 
     def _add(self, left: Sum[Tensor], right: Sum[Tensor]) -> Sum[Tensor]:

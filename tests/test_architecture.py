@@ -29,9 +29,9 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics shard stopping features",  # pure: decide
-            "wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
-            "server worker evaluator driver assignment evaluations replica tally",  # actors, as plain classes
+            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",  # pure
+            "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
+            "server worker evaluator driver assignment evaluations gradients replica tally",  # actors, as plain classes
             "cluster inprocess resources",  # the engine
             "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )

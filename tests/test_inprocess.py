@@ -253,7 +253,7 @@ class Talker:
     def rules(self) -> ev.Stop:
         return ev.Stop(timeline=1)
 
-    def build(self, clock: Callable[[], float]) -> Talker:
+    def build(self, clock: Callable[[], float], allocate: Any) -> Talker:
         return self
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:

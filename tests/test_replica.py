@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from distgd.errors import BadInput, users_error
+from distgd.gradients import LARGE
 from distgd.layout import BufferLayout, block_squares, squared_norm
 from distgd.replica import Replica
 from distgd.sources import Order, open_source
@@ -123,8 +125,11 @@ class TestGradient:
         assert set(out.tolist()) == {9.0}
 
     def test_what_is_left_in_out_does_not_count(self) -> None:
+        """Between the tensors there is always zero; nobody writes there."""
         replica = Replica(Line(), seed=3)
-        out = replica.layout.zeros().fill_(9.0)
+        out = replica.layout.zeros()
+        for view in replica.layout.views(out).values():
+            view.fill_(9.0)
         replica.gradient(replica.train_source(), ORDER, 0, 0, out)
         assert torch.equal(out, slot(replica, 0, 0)[1])
 
@@ -272,3 +277,50 @@ def test_a_replica_is_a_function_of_its_seed() -> None:
     assert torch.equal(one.flat, same.flat)
     assert not torch.equal(one.flat, other.flat)
     assert slot(one, 0, 0)[0].stats != slot(one, 0, 0, replace(ORDER, seed=6))[0].stats
+
+
+class Wide(Line):
+    """One parameter that is large enough to be moved while autograd goes on, and others that are not."""
+
+    SIZE = LARGE + 3
+
+    def __init__(self, use: Any) -> None:
+        self.use = use
+
+    def model(self) -> nn.Module:
+        model = nn.Linear(5, 1)
+        model.wide = nn.Parameter(torch.linspace(-1, 1, self.SIZE))
+        model.unused = nn.Parameter(torch.ones(LARGE))
+        return model
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+        return self.use(model.wide).mean() + (model(batch[0]) - batch[1]).square().mean()
+
+
+def checkpointed_twice(wide: Tensor) -> Tensor:
+    one = torch.ones((), requires_grad=True)
+    return checkpoint(torch.mul, wide, one, use_reentrant=True) + checkpoint(torch.mul, wide, one, use_reentrant=True)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda w: w, torch.square, lambda w: w.view(-1, 1).t() * w, checkpointed_twice], ids=range(4)
+)
+def test_a_large_gradient_is_what_torch_has(use: Any) -> None:
+    replica = Replica(Wide(use), seed=3)
+    out = replica.layout.zeros()
+    for view in replica.layout.views(out).values():
+        view.fill_(9.0)
+    stats = replica.gradient(replica.train_source(), ORDER, 0, 1, out).stats
+    wide = torch.linspace(-1, 1, Wide.SIZE, requires_grad=True)
+    use(wide).mean().backward()
+    views = replica.layout.views(out)
+    assert torch.allclose(views["wide"], 3 * wide.grad, rtol=1e-6)  # type: ignore[operator]
+    assert not views["unused"].any()
+    assert stats.squared_norm == pytest.approx(float((out.double() / 3).square().sum()), rel=1e-5)
+    assert all(parameter.grad is None for parameter in replica.model.parameters())
+
+
+def test_the_plain_model_has_gradients_as_torch_makes_them() -> None:
+    model = Replica(Wide(torch.square), seed=3).plain_model()
+    model.wide.square().sum().backward()  # type: ignore[union-attr, operator]
+    assert model.wide.grad is not None

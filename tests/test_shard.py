@@ -360,7 +360,14 @@ class TestPulls:
         assert np.array_equal(sent.weights, wire.shards[0].weights.numpy())
         wire.push_all(2, [ALL])
         assert len(wire.heard[A]) == 1, "answered once"
-        assert not np.array_equal(sent.weights, wire.shards[0].weights.numpy()), "an answer is a copy"
+        assert np.shares_memory(sent.weights, wire.shards[0].weights.numpy()), "all compute before any shard applies"
+
+    def test_under_a_quorum_an_answer_is_a_copy(self) -> None:
+        """Others may still compute with it when the shard applies."""
+        wire = Wire(quorum=len(WEIGHTS) - 1)
+        wire.give(A, ev.PullRequested(1, 0, 0))
+        (sent,) = wire.heard[A]
+        assert not np.shares_memory(sent.weights, wire.shards[0].weights.numpy())
 
     def test_an_older_version_is_answered_with_the_present_one(self) -> None:
         wire = Wire()

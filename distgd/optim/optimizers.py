@@ -124,10 +124,17 @@ class PieceOptimizer:
 
     The weights are stepped in place; the optimizer's state lives here. With no pieces every call does nothing.
 
+    A long vector is stepped in blocks, so that a block's gradient can be made just before and is still in the cache.
+
     Args:
         spec: what `resolve_optimizer` returned.
         pieces: name of the parameter and its piece, a 1-D contiguous view of the shard's weights in host memory.
             A shard is contiguous, so it has one piece of a parameter at most.
+        block: about how many elements a block has, a multiple of 64, since cuts elsewhere would change bits; None for
+            all in one.
+
+    Attributes:
+        blocks: what each block is made of, as (number of the piece, first element, stop element).
 
     >>> weights = torch.zeros(128)
     >>> optimizer = PieceOptimizer(OptimizerSpec("SGD", {"lr": 0.5}), [("a", weights[:3]), ("b", weights[64:66])])
@@ -136,7 +143,7 @@ class PieceOptimizer:
     [-0.5, -0.5, -0.5, 0.0]
     """
 
-    def __init__(self, spec: OptimizerSpec, pieces: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(self, spec: OptimizerSpec, pieces: Sequence[tuple[str, Tensor]], *, block: int | None = None) -> None:
         for name, piece in pieces:
             if piece.dim() != 1 or not piece.is_contiguous():
                 raise ValueError(f"{name}: a piece is a contiguous 1-D view, not shape {tuple(piece.shape)}")
@@ -144,8 +151,14 @@ class PieceOptimizer:
         self._pieces = {name: piece.detach() for name, piece in pieces}
         if len(self._pieces) != len(pieces):
             raise ValueError("two pieces of one parameter in one shard")
-        self._torch = _build(spec, self._pieces) if pieces else None
-        self._base_lrs = [group["lr"] for group in self._torch.param_groups] if self._torch else []
+        self.blocks = _cut([piece.numel() for _, piece in pieces], block)
+        cuts = [[(pieces[i][0], pieces[i][1].detach()[lo:hi]) for i, lo, hi in cut] for cut in self.blocks]
+        self._cuts: dict[str, list[Tensor]] = {name: [] for name in self._pieces}
+        for name, cut in (each for parts in cuts for each in parts):
+            self._cuts[name].append(cut)
+        self._torch = _build(spec, self._cuts) if pieces else None
+        self._params = [[cut for _, cut in parts] for parts in cuts]
+        self._groups = [_groups(self._torch, params) for params in self._params] if self._torch else []
 
     def step(self, grads: Sequence[Tensor], scale: float = 1.0) -> None:
         """Apply one update.
@@ -154,14 +167,28 @@ class PieceOptimizer:
             grads: one 1-D tensor for each piece, in the order of the pieces; read, and not kept.
             scale: multiplies every group's learning rate (schedule, staleness).
         """
-        if self._torch is None:
-            return
-        for group, lr in zip(self._torch.param_groups, self._base_lrs, strict=True):
+        if len(grads) != len(self._pieces):
+            raise ValueError(f"expected {len(self._pieces)} gradients, found {len(grads)}")
+        for number, cut in enumerate(self.blocks):
+            self.step_block(number, [grads[i][lo:hi] for i, lo, hi in cut], scale)
+
+    def step_block(self, number: int, grads: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Apply one update to one of `blocks`; an update of all takes them once each, in any order.
+
+        Args:
+            grads: one 1-D tensor for each part of the block; read, and not kept.
+        """
+        assert self._torch is not None
+        groups = self._groups[number]
+        for lr, group in groups:
             group["lr"] = lr * scale
-        for piece, grad in zip(self._pieces.values(), grads, strict=True):
-            piece.grad = grad
+        self._torch.param_groups = [group for _, group in groups]
+        params = self._params[number]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
         self._torch.step()
-        self._torch.zero_grad(set_to_none=True)
+        for param in params:
+            param.grad = None
 
     def state_dict(self) -> State:
         """Everything that the next step depends on besides weights and `spec`, labelled for cutting.
@@ -170,9 +197,11 @@ class PieceOptimizer:
         same steps. The tensors are the optimizer's own: copy them before the next step.
         """
         state: State = {"elementwise": {}, "scalar": {}}
-        for name, piece in self._pieces.items():
-            for entry, value in self._state_of(piece).items():
-                state[_label(name, entry, value, piece)].setdefault(name, {})[entry] = value
+        for name, cuts in self._cuts.items():
+            for entry, value in self._state_of(cuts[0]).items():
+                label = _label(name, entry, value, cuts[0])
+                rest = [self._state_of(cut)[entry] for cut in cuts[1:]] if label == "elementwise" else []
+                state[label].setdefault(name, {})[entry] = torch.cat([value, *rest]) if rest else value
         return state
 
     def load_state_dict(self, state: State) -> None:
@@ -189,15 +218,48 @@ class PieceOptimizer:
                 for entry, value in entries.items():
                     if _label(name, entry, value, self._pieces[name]) != label:
                         raise BadInput.at(f"optimizer state {name}.{entry}", f"a {label} entry", tuple(value.shape))
-                    loaded[name][entry] = value.clone()
+                    loaded[name][entry] = value
         for name, entries in loaded.items():
-            self._state_of(self._pieces[name]).clear()
-            self._state_of(self._pieces[name]).update(entries)
+            at = 0
+            for cut in self._cuts[name]:
+                own = {
+                    entry: v[at : at + cut.numel()].clone() if v.dim() else v.clone() for entry, v in entries.items()
+                }
+                self._state_of(cut).clear()
+                self._state_of(cut).update(own)
+                at += cut.numel()
 
-    def _state_of(self, piece: Tensor) -> dict[str, Any]:
+    def _state_of(self, cut: Tensor) -> dict[str, Any]:
         assert self._torch is not None
-        state: dict[str, Any] = self._torch.state[piece]
+        state: dict[str, Any] = self._torch.state[cut]
         return state
+
+
+def _cut(sizes: Sequence[int], block: int | None) -> list[list[tuple[int, int, int]]]:
+    """Pieces of `sizes`, one after the other, as blocks; a piece is cut at multiples of `block` only.
+
+    >>> _cut([100, 200, 30], 128)
+    [[(0, 0, 100)], [(1, 0, 128)], [(1, 128, 200), (2, 0, 30)]]
+    """
+    blocks: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        step = block or max(size, 1)
+        for first in range(0, size, step):
+            stop = min(first + step, size)
+            if not blocks or (block and stop - first > room):
+                blocks.append([])
+                room = block or 0
+            blocks[-1].append((number, first, stop))
+            room -= stop - first
+    return blocks
+
+
+def _groups(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[tuple[float, dict[str, Any]]]:
+    """The optimizer's groups as far as they hold `params`, each with its learning rate."""
+    wanted = {id(param) for param in params}
+    some = ({**group, "params": [p for p in group["params"] if id(p) in wanted]} for group in optimizer.param_groups)
+    return [(group["lr"], group) for group in some if group["params"]]
 
 
 def _class_name(name: str) -> str:
@@ -285,15 +347,15 @@ def _nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else ""
 
 
-def _build(spec: OptimizerSpec, pieces: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-    """One torch parameter per piece, in the groups of their names; a group without a piece here is left out."""
+def _build(spec: OptimizerSpec, cuts: Mapping[str, Sequence[Tensor]]) -> torch.optim.Optimizer:
+    """One torch parameter per cut, in the groups of their names; a group without one here is left out."""
     members: dict[int, list[Tensor]] = {}
-    for name, piece in pieces.items():
-        members.setdefault(spec.group_of(name), []).append(piece)
+    for name, parts in cuts.items():
+        members.setdefault(spec.group_of(name), []).extend(parts)
     own = [*(arguments for _, arguments in spec.groups), {}]
     groups = [{**own[place], "params": tensors} for place, tensors in members.items()]
     build: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, spec.name)
-    some = next(iter(pieces.values()))
+    some = next(iter(cuts.values()))[0]
     fused = {"fused": True} if "fused" in _defaults(spec.name) and _fused_runs(build, some) else {}
     return build(groups, **{**fused, **spec.arguments})
 

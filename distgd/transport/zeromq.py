@@ -1,64 +1,35 @@
-"""Messages between processes: ZeroMQ, and a twin in memory.
+"""Messages between machines: ZeroMQ over TCP; and over its own local sockets where `node` is not to be had.
 
-An endpoint sends to incarnations and receives from them. What a message means is no business of this module, and how
-its arrays travel is none of the actors': a later endpoint may put them into shared memory.
-
-Shards and the driver listen, everybody dials, and an answer goes back over the connection that the asker made, so
-workers listen on nothing. Peers prove to each other that they know the run's secret: HMAC-SHA256 over both nonces,
-incarnations and roles, once per connection (challenge-response as in RFC 2195, in both directions). From the same
-transcript each side derives a ticket that begins all its messages on that connection: ZeroMQ reconnects by itself, and
-who took over a dead peer's address, or its routing id, does not know the ticket. The payload is in clear; who can read
-or change what is on the wire is not kept out.
-
-Messages between two processes arrive in order and at most once. What was under way to a process that died, or over a
-connection that broke, is lost; the next message over a new connection makes the dialer prove itself again.
+From the transcript of the proof each side derives a ticket that begins all its messages on a connection: ZeroMQ
+reconnects by itself, and who took over a dead peer's address, or its routing id, does not know the ticket. What was
+under way over a connection that broke is lost; the next message over a new one makes the dialer prove itself again.
 """
 
 from __future__ import annotations
 
 import hmac
-import json
 import logging
 import math
 import secrets
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import zmq
 
 from distgd.errors import RunFailed
+from distgd.transport.proof import STRANGERS, Challenge, Identity
 from distgd.wire import Codec
 
 log = logging.getLogger("distgd.transport")
 
 LINGER = 1.0  # seconds that what was sent last may take to prove itself, and again to leave, at close
 BURST = 64  # messages taken from one socket before the clock is looked at, so that no flood outlasts a deadline
-NONCE = 32  # bytes
 TICKET = 16  # bytes
-WHO = 256  # bytes; what a stranger says of himself is parsed before he has proved anything
-STRANGERS = 1024  # connections that may be about to prove themselves at one time
 HELLO, CHALLENGE, PROOF, DATA, UNKNOWN = b"H", b"C", b"P", b"D", b"?"
-
-
-class Endpoint(Protocol):
-    """One process's place in the network."""
-
-    def send(self, to: int, message: Any) -> None:
-        """Hand over a message; never blocks. Arrays may not be rewritten before the receiver has answered."""
-
-    def receive(self, timeout: float) -> tuple[int, Any] | None:
-        """The next message and its sender; None after `timeout` seconds. Its arrays belong to the receiver."""
-
-    def close(self) -> None:
-        """Leave."""
-
-
-# ZeroMQ.
 
 
 @dataclass(frozen=True)
@@ -107,14 +78,14 @@ class ZmqEndpoint:
         host: str | None = None,
         max_bytes: int = 1 << 30,
     ) -> None:
-        self._me, self._role, self._secret, self._codec, self._max_bytes = me, role, secret, codec, max_bytes
+        self._identity, self._codec, self._max_bytes = Identity(me, role, secret), codec, max_bytes
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._poller = zmq.Poller()
         self._dialed: dict[int, _Dialed] = {}
         self._by_socket: dict[zmq.Socket[bytes], int] = {}
         self._sessions: dict[bytes, _Session] = {}  # by routing id: the connections that were made to us
         self._route_to: dict[int, bytes] = {}
-        self._strangers: dict[bytes, tuple[bytes, int, str]] = {}  # the transcript each has to sign
+        self._strangers: dict[bytes, Challenge] = {}  # what each has to sign
         self._waiting: dict[int, deque[list[Any]]] = {}  # for peers that have not dialed yet
         self._inbox: deque[tuple[int, list[Any]]] = deque()
         self._warned: set[str] = set()
@@ -198,6 +169,12 @@ class ZmqEndpoint:
             self._drain(socket)
         return left > 0
 
+    def wait(self, timeout: float, beside: int) -> None:
+        """Return when something has arrived, when the file descriptor `beside` can be read, or after `timeout`."""
+        self._poller.register(beside, zmq.POLLIN)
+        self._poller.poll(max(0, math.ceil(timeout * 1000)))
+        self._poller.unregister(beside)
+
     def _drain(self, socket: zmq.Socket[bytes]) -> None:
         for _ in range(BURST):
             try:
@@ -225,8 +202,9 @@ class ZmqEndpoint:
     # The proof, at the side that dialed.
 
     def _greet(self, dialed: _Dialed) -> None:
-        dialed.nonce, dialed.session = secrets.token_bytes(NONCE), None
-        dialed.socket.send_multipart([HELLO, _who(self._me, self._role), dialed.nonce])
+        who, dialed.nonce = self._identity.greet()
+        dialed.session = None
+        dialed.socket.send_multipart([HELLO, who, dialed.nonce])
 
     def _from_dialed(self, peer: int, frames: list[Any]) -> None:
         dialed, tag = self._dialed[peer], _tag(frames)
@@ -241,14 +219,15 @@ class ZmqEndpoint:
         else:
             self._refuse(f"a listener that has not proved itself at incarnation {peer}'s address sent {tag[:1]!r}")
 
-    def _prove(self, peer: int, dialed: _Dialed, who: bytes, nonce: bytes, signature: bytes) -> None:
-        transcript = _transcript(_who(self._me, self._role), dialed.nonce, who, nonce)
-        if _read_who(who)[0] != peer or not hmac.compare_digest(self._sign(b"listener", transcript), signature):
+    def _prove(self, peer: int, dialed: _Dialed, *frames: bytes) -> None:
+        proved = self._identity.prove(peer, dialed.nonce, frames)
+        if proved is None:
             self._refuse(f"the listener at incarnation {peer}'s address does not know this run's secret, or is another")
             return
+        proof, transcript = proved
         ours, theirs = self._tickets(transcript)
         dialed.session = _Session(peer, ours, theirs)
-        dialed.socket.send_multipart([PROOF, self._sign(b"dialer", transcript)])
+        dialed.socket.send_multipart([PROOF, proof])
         while dialed.outbox:
             dialed.socket.send_multipart([ours, *dialed.outbox.popleft()], copy=False)
 
@@ -270,36 +249,35 @@ class ZmqEndpoint:
                 self._answer(route, UNKNOWN)
 
     def _challenge(self, route: bytes, who: bytes, nonce: bytes) -> None:
-        incarnation, role = _read_who(who)
-        if incarnation < 0 or incarnation == self._me or len(nonce) != NONCE:
+        challenge = self._identity.challenge(who, nonce)
+        if challenge is None:
             self._refuse("a peer's greeting was not one")
             return
-        mine, my_nonce = _who(self._me, self._role), secrets.token_bytes(NONCE)
-        transcript = _transcript(who, nonce, mine, my_nonce)
         while len(self._strangers) >= STRANGERS:
             self._strangers.pop(next(iter(self._strangers)))
-        self._strangers[route] = (transcript, incarnation, role)
-        self._answer(route, CHALLENGE, mine, my_nonce, self._sign(b"listener", transcript))
+        self._strangers[route] = challenge
+        self._answer(route, CHALLENGE, *challenge.frames)
 
     def _judge(self, route: bytes, signature: bytes) -> None:
-        transcript, incarnation, role = self._strangers.pop(route, (b"", -1, ""))
-        if not transcript or not hmac.compare_digest(self._sign(b"dialer", transcript), signature):
-            self._refuse(f"a peer that calls itself {role!r} {incarnation} does not know this run's secret")
+        challenge = self._strangers.pop(route, None)
+        if challenge is None or not self._identity.accepts(challenge, signature):
+            who = f"{challenge.role!r} {challenge.peer}" if challenge else "nobody"
+            self._refuse(f"a peer that calls itself {who} does not know this run's secret")
             return
+        incarnation = challenge.peer
         former = self._route_to.get(incarnation)
         if former is not None:  # it dialed again: ZeroMQ reconnected
             del self._sessions[former]
-        theirs, ours = self._tickets(transcript)
+        theirs, ours = self._tickets(challenge.transcript)
         self._sessions[route], self._route_to[incarnation] = _Session(incarnation, ours, theirs), route
         for frames in self._waiting.pop(incarnation, ()):
             self._answer(route, ours, *frames)
 
-    def _sign(self, side: bytes, transcript: bytes) -> bytes:
-        return hmac.digest(self._secret, b"distgd " + side + b" " + transcript, "sha256")
-
     def _tickets(self, transcript: bytes) -> tuple[bytes, bytes]:
         """What begins the dialer's messages, and what begins the listener's."""
-        dialer, listener = (self._sign(side, transcript)[:TICKET] for side in (b"dialer sends", b"listener sends"))
+        dialer, listener = (
+            self._identity.sign(side, transcript)[:TICKET] for side in (b"dialer sends", b"listener sends")
+        )
         return DATA + dialer, DATA + listener
 
     def _refuse(self, why: str) -> None:
@@ -311,89 +289,3 @@ class ZmqEndpoint:
 
 def _tag(frames: list[Any]) -> bytes:
     return bytes(frames[0]) if frames and len(frames[0]) <= len(DATA) + TICKET else b""
-
-
-def _transcript(dialer: bytes, dialer_nonce: bytes, listener: bytes, listener_nonce: bytes) -> bytes:
-    return json.dumps([part.hex() for part in (dialer, dialer_nonce, listener, listener_nonce)]).encode()
-
-
-def _who(incarnation: int, role: str) -> bytes:
-    return json.dumps([incarnation, role]).encode()
-
-
-def _read_who(who: bytes) -> tuple[int, str]:
-    try:
-        incarnation, role = json.loads(who) if len(who) <= WHO else (-1, "")
-        return (incarnation, role) if type(incarnation) is int and isinstance(role, str) else (-1, "")
-    except (ValueError, TypeError):
-        return -1, ""
-
-
-# In memory.
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """A message under way."""
-
-    source: int
-    destination: int
-    message: Any
-
-
-class InMemoryNetwork:
-    """The twin on one thread: `on_send` gets every envelope and decides when to `put` it.
-
-    Arrays are copied, as a wire would.
-    """
-
-    def __init__(self, on_send: Callable[[Envelope], None]) -> None:
-        self._on_send = on_send
-        self._inboxes: dict[int, deque[tuple[int, Any]]] = {}
-
-    def endpoint(self, me: int) -> InMemoryEndpoint:
-        """A place in this network."""
-        self._inboxes[me] = deque()
-        return InMemoryEndpoint(self, me)
-
-    def send(self, envelope: Envelope) -> None:
-        """Take a message from an endpoint."""
-        message = envelope.message
-        arrays = {
-            each.name: value.copy()
-            for each in fields(message)
-            if isinstance(value := getattr(message, each.name), np.ndarray)
-        }
-        self._on_send(replace(envelope, message=replace(message, **arrays)) if arrays else envelope)
-
-    def put(self, envelope: Envelope) -> None:
-        """Deliver; to somebody who has left, in vain."""
-        if envelope.destination in self._inboxes:
-            self._inboxes[envelope.destination].append((envelope.source, envelope.message))
-
-    def take(self, me: int) -> tuple[int, Any] | None:
-        """The oldest message delivered to `me`."""
-        inbox = self._inboxes.get(me)
-        return inbox.popleft() if inbox else None
-
-    def leave(self, me: int) -> None:
-        """Forget an endpoint and what lies in its inbox."""
-        self._inboxes.pop(me, None)
-
-
-class InMemoryEndpoint:
-    """An endpoint of an `InMemoryNetwork`; `receive` never waits, as nothing happens meanwhile."""
-
-    def __init__(self, network: InMemoryNetwork, me: int) -> None:
-        self._network = network
-        self._me = me
-
-    def send(self, to: int, message: Any) -> None:
-        self._network.send(Envelope(self._me, to, message))
-
-    def receive(self, timeout: float) -> tuple[int, Any] | None:
-        """What has been delivered, or None."""
-        return self._network.take(self._me)
-
-    def close(self) -> None:
-        self._network.leave(self._me)
