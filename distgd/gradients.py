@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +18,41 @@ BLOCK = 1 << 17
 """Elements that are read twice at a time: the second time they come from the cache."""
 LARGE = 1 << 16
 """Elements of a gradient that is worth a call of its own while autograd goes on."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who wants to know when a range of the flat vector holds its final values, while autograd goes on.
+
+    Args:
+        ranges: first and one-past-last element of each.
+        final: told the number of a range.
+    """
+
+    ranges: Sequence[tuple[int, int]]
+    final: Callable[[int], None]
+
+
+class _Waiting:
+    """Which ranges still wait for which parameters."""
+
+    def __init__(self, layout: Layout, watch: Watch) -> None:
+        self._final = watch.final
+        self._left: list[set[str]] = [set() for _ in watch.ranges]
+        self._in: dict[str, list[int]] = {}
+        starts = [entry.start for entry in layout.entries]
+        for number, (first, stop) in enumerate(watch.ranges):
+            for entry in layout.entries[max(0, bisect_right(starts, first) - 1) : bisect_left(starts, stop)]:
+                if entry.start + entry.size > first:
+                    self._left[number].add(entry.name)
+                    self._in.setdefault(entry.name, []).append(number)
+
+    def took(self, name: str) -> None:
+        """A parameter's gradient is at its place."""
+        for number in self._in.pop(name, ()):
+            self._left[number].discard(name)
+            if not self._left[number]:
+                self._final(number)
 
 
 class GradientTaker:
@@ -36,14 +73,17 @@ class GradientTaker:
         self._out: dict[str, Tensor] | None = None
         self._scale = 1.0
         self._squares: dict[str, float] = {}
+        self._waiting: _Waiting | None = None
+        self._again: bool | None = None  # whether autograd finishes a gradient twice; None before the first time
         with torch.enable_grad():
             self._nodes = {name: torch.autograd.graph.get_gradient_edge(p).node for name, p in large.items()}
         self._hooks = [node.register_prehook(partial(self._take, name)) for name, node in self._nodes.items()]
 
-    def backward(self, loss: Tensor, out: Tensor, scale: float) -> float:
+    def backward(self, loss: Tensor, out: Tensor, scale: float, watch: Watch | None = None) -> float:
         """Write `scale` times the gradient of `loss` to `out` (flat, CPU); return the square of the result's norm.
 
-        A parameter that the loss does not use has a zero gradient.
+        A parameter that the loss does not use has a zero gradient. The first time nobody is told of ranges, as it shows
+        whether autograd finishes gradients once; ranges that nobody was told of are final at the end.
 
         Raises:
             BadInput: the loss has set gradients itself.
@@ -53,14 +93,16 @@ class GradientTaker:
         if out.data_ptr() not in self._places:
             self._places[out.data_ptr()] = {name: view.view(-1) for name, view in self._layout.views(out).items()}
         self._out, self._scale, self._squares = self._places[out.data_ptr()], scale, {}
+        self._waiting = _Waiting(self._layout, watch) if watch is not None and self._again is False else None
+        self._again = self._again or False
         try:
             _differentiate(loss)
-            square = self._take_small(self._out)
-            for name in self._parameters.keys() - self._squares.keys() - self._small.keys():
+            self._take_small(self._out)
+            for name in self._parameters.keys() - self._squares.keys():
                 self._out[name].zero_()
         finally:
-            self._out = None
-        return square + sum(self._squares[name] for name in self._parameters if name in self._squares)
+            self._out = self._waiting = None
+        return sum(self._squares[name] for name in self._parameters if name in self._squares)
 
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
@@ -72,21 +114,34 @@ class GradientTaker:
             raise self._meddled(name)
         place, grad = self._out[name], grads[0].reshape(-1)
         if name in self._squares:
+            self._finished_twice(name)
             place.add_(grad.cpu(), alpha=self._scale)
             self._squares[name] = _scaled(place, 1.0, place)
         else:
             self._squares[name] = _scaled(grad, self._scale, place)
+        if self._waiting is not None:
+            self._waiting.took(name)
+            self._take_small(self._out)
         return (None,)  # nothing is left to accumulate
 
-    def _take_small(self, out: Mapping[str, Tensor]) -> float:
-        square = 0.0
+    def _take_small(self, out: Mapping[str, Tensor]) -> None:
+        """Move the small ones that are there."""
         for name, parameter in self._small.items():
             grad, parameter.grad = parameter.grad, None
             if grad is None:
-                out[name].zero_()
-            else:
-                square += _scaled(grad.reshape(-1), self._scale, out[name])
-        return square
+                continue
+            if name in self._squares:
+                self._finished_twice(name)
+            self._squares[name] = _scaled(grad.reshape(-1), self._scale, out[name])
+            if self._waiting is not None:
+                self._waiting.took(name)
+
+    def _finished_twice(self, name: str) -> None:
+        self._again = True
+        if self._waiting is not None:  # part of it may have been sent
+            do = "pass use_reentrant=False to torch.utils.checkpoint, or keep its graph the same from the first step on"
+            expected = "a backward pass that finishes each gradient once, as the first one did"
+            raise BadInput.described("task.loss", expected, f"{name} finished twice", do)
 
     @staticmethod
     def _meddled(name: str) -> BadInput:

@@ -74,7 +74,7 @@ class Plan:
     @property
     def bits(self) -> str:
         """Whether the weights are a pure function of config, seed and data on one kind of CPU."""
-        whole = self.staged and self.quorum == self.order.slots
+        whole = self.staged and self.quorum == self.order.slots and self.config.transport.dtype == "model"
         return "promised" if whole and self.config.cluster.compute_device == "cpu" else "not promised"
 
     @property
@@ -141,6 +141,7 @@ class Plan:
             staged=self.staged,
             clip=clip.norm if self.staged else None,
             scale_lr=consistency.scale_lr,
+            dtype=config.transport.dtype,
         )
         limits = [limit for limit in (clip.slot_norm, None if self.staged else clip.norm) if limit is not None]
         slices = self.layout.slices(len(cast.shards))

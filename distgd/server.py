@@ -91,19 +91,21 @@ class Server:
             return [ev.Send(source, ev.StatusSent(self._timeline, self.shard.describe()))]
         began = self._clock()
         effects = self.shard.handle(source, event)
-        seconds = self._clock() - began
-        return [self._timed(effect, seconds) for effect in effects]
+        return [self._timed(effect, began) for effect in effects]
 
-    def perform(self, work: Any) -> Any:
+    def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any:
         """A server has no work that takes time apart from messages."""
         raise NotImplementedError(f"a server computes nothing, yet was given {work!r}")
 
-    def _timed(self, effect: ev.Effect, seconds: float) -> ev.Effect:
+    def _timed(self, effect: ev.Effect, began: float) -> ev.Effect:
         match effect:
+            case ev.Update(effects):
+                return ev.Update(self._timed(each, began) for each in effects)
             case ev.Send(to, ev.StepCommitted() as message):
-                before, self._committed = self._committed, self._clock()
-                return ev.Send(to, replace(message, apply_seconds=seconds, since=self._committed - before))
+                now = self._clock()
+                before, self._committed = self._committed, now
+                return ev.Send(to, replace(message, apply_seconds=now - began, since=now - before))
             case ev.Send(to, ev.PushAnswered() as message):
-                return ev.Send(to, replace(message, seconds=seconds))
+                return ev.Send(to, replace(message, seconds=self._clock() - began))
             case _:
                 return effect

@@ -29,9 +29,10 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",  # pure
+            "layout optim policy ledger reduce codecs faults diagnostics staging returning shard stopping "  # pure
+            "features",
             "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
-            "server worker evaluator driver assignment evaluations gradients replica tally",  # actors, as plain classes
+            "server worker adder evaluator driver assignment evaluations gradients replica tally",  # actors
             "cluster inprocess resources",  # the engine
             "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )
