@@ -23,7 +23,7 @@ from distgd import events as ev
 from distgd.codecs import CODECS, ErrorFeedback, Exact
 from distgd.layout import Slice, tensor_of
 from distgd.reduce import Node, Sum, maximal, split
-from distgd.shard import ShardRules
+from distgd.rules import ShardRules
 from distgd.staging import cuts
 from distgd.transport.segments import Allocate
 

@@ -15,7 +15,7 @@ import torch
 from distgd import events as ev
 from distgd.layout import Slice
 from distgd.replica import Array, Blueprint, Replica
-from distgd.shard import ShardRules
+from distgd.rules import ShardRules
 from distgd.sources import Source
 from distgd.transport.segments import Allocate
 from distgd.worker import TaskSource

@@ -24,8 +24,8 @@ from distgd.optim import (
 )
 from distgd.reduce import maximal
 from distgd.replica import Blueprint, Replica
+from distgd.rules import ShardRules
 from distgd.server import ServerSpec
-from distgd.shard import ShardRules
 from distgd.sources import Order, Source
 from distgd.stopping import Judge
 from distgd.tasks import Pieces

@@ -17,7 +17,8 @@ from distgd import events as ev
 from distgd.layout import Slice
 from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule
 from distgd.policy import Immediate, Policy, Staged
-from distgd.shard import Shard, ShardRules
+from distgd.rules import ShardRules
+from distgd.shard import Shard
 from distgd.sources import Order
 from distgd.transport.segments import Allocate
 

@@ -13,9 +13,9 @@ clip scale is the same number for any number of shards.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,35 +25,15 @@ from torch import Tensor
 from distgd import events as ev
 from distgd import policy as pol
 from distgd.codecs import CODECS
-from distgd.layout import BUCKET, Slice, block_squares, squared_norm, tensor_of
+from distgd.layout import Slice, block_squares, squared_norm, tensor_of
 from distgd.optim import PieceOptimizer, Schedule, clip_scale
 from distgd.reduce import Node
 from distgd.returning import Returning
-from distgd.staging import Mean, Staging
+from distgd.rules import ShardRules
+from distgd.snapshots import Snapshots
+from distgd.staging import Block, Mean, Staging
 
-SNAPSHOTS_KEPT = 2  # one that is being read, and the one after it
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class ShardRules:
-    """What all shards of a run have in common.
-
-    `incarnations` are the shards' own, by index. `slots` is K. `last` is the run's last version. `clip` limits the
-    global norm of the mean gradient (`staged`, sync mode; elsewhere the worker clips, as its push is the whole update).
-    `scale_lr` divides the learning rate by max(1, staleness). `bucket` is how many elements travel between machines in
-    one message (sync mode, every slot required), `dtype` as what (`transport.dtype`).
-    """
-
-    timeline: int
-    incarnations: tuple[int, ...]
-    slots: int
-    last: int
-    staged: bool
-    clip: float | None
-    scale_lr: bool
-    bucket: int = BUCKET
-    dtype: str = "model"
 
 
 class Shard:
@@ -87,7 +67,7 @@ class Shard:
         self.optimizer = optimizer
         self.policy = policy
         self.schedule = schedule
-        self._blocks = [_Block.of(part, cuts) for cuts in optimizer.blocks]
+        self._blocks = [Block.of(part, cuts) for cuts in optimizer.blocks]
         self._scratch = torch.empty(max((b.stop - b.first for b in self._blocks), default=0), dtype=weights.dtype)
         self._eager = eager
         self._staging = Staging(rules.slots, part.size, rules.bucket, eager=eager)
@@ -101,10 +81,8 @@ class Shard:
         self._squares: dict[int, Array] = {}  # shard 0: each shard's last sums of squares of this step
         self._pulls: list[tuple[int, ev.PullRequested]] = []  # reads of a version that is still to come
         self._published: Array | None = None  # a copy of this version's weights, shared by all answers
-        self._snapshots: OrderedDict[int, ev.SnapshotSent] = OrderedDict()
+        self._snapshots = Snapshots(rules.timeline, part.index)
         self._limit: int | None = None  # shard 0: the first step that may not be decided yet
-        self._due: dict[int, int] = {}  # snapshot number -> the version asked for
-        self._snapshot_readers: dict[int, list[int]] = {}
         self._members = ev.MembershipChanged(rules.timeline, -1, frozenset(), -1, ())
         self._near: frozenset[int] = frozenset()  # who is on this machine
         self._parked: list[tuple[int, Any]] = []  # from incarnations that this shard has not been told of yet
@@ -167,7 +145,7 @@ class Shard:
             case ev.TakeSnapshot():
                 return self._snapshot_asked(event)
             case ev.SnapshotPulled():
-                return self._snapshot_pulled(source, event)
+                return [ev.Send(source, found) for found in self._snapshots.pulled(source, event.number)]
             case _:
                 return []
 
@@ -338,7 +316,7 @@ class Shard:
             blocks = np.concatenate([self._squares[i] for i in range(len(self.rules.incarnations))])
             square = squared_norm(torch.from_numpy(blocks))
             self._norm, clip = square**0.5, clip_scale(square, self.rules.clip)
-        numbers = tuple(number for number, at in self._due.items() if at <= self.version + 1)
+        numbers = tuple(number for number, at in self._snapshots.due.items() if at <= self.version + 1)
         slots = tuple(sorted(decision.slots))
         commit = ev.Commit(self.rules.timeline, decision.step, slots, decision.apply, clip, numbers)
         others: list[ev.Effect] = [ev.Send(shard, commit) for shard in self.rules.incarnations[1:]]
@@ -385,7 +363,7 @@ class Shard:
         self._squares.clear()
         self._measured = None
         for number in commit.snapshots:
-            self._due[number] = self.version
+            self._snapshots.due[number] = self.version
         return [*self._advanced(there), *effects]  # workers wait, the driver does not
 
     def _record(self, commit: ev.Commit) -> ev.StepCommitted:
@@ -459,21 +437,23 @@ class Shard:
     # Snapshots.
 
     def _snapshot_asked(self, ask: ev.TakeSnapshot) -> list[ev.Effect]:
-        if ask.number in self._snapshots:  # a number is taken once
+        if self._snapshots.has(ask.number):  # a number is taken once
             return []
         at = min(ask.version, self.rules.last)
         if not (self.rules.staged and self.leads):
-            self._due[ask.number] = at
-            for number in self._due:  # an earlier number that is due later never comes: the run ends here
-                self._due[number] = min(at, self._due[number]) if number < ask.number else self._due[number]
+            self._snapshots.due[ask.number] = at
+            for number in self._snapshots.due:  # an earlier number that is due later never comes: the run ends here
+                self._snapshots.due[number] = (
+                    min(at, self._snapshots.due[number]) if number < ask.number else self._snapshots.due[number]
+                )
             return self._take_due()
         # Sync: the number travels with the decision that makes its version, so that all shards take the same one.
-        self._due[ask.number] = at if at > self.version else self.version + 1
+        self._snapshots.due[ask.number] = at if at > self.version else self.version + 1
         stands = self._limit is not None and self.version >= self._limit and at <= self.version
         if self.version < self.rules.last and not stands:
             return []
-        now = [number for number in self._due if number <= ask.number]
-        self._due |= dict.fromkeys(now, self.version)
+        now = [number for number in self._snapshots.due if number <= ask.number]
+        self._snapshots.due |= dict.fromkeys(now, self.version)
         others: list[ev.Effect] = [
             ev.Send(shard, replace(ask, number=number, version=self.version))
             for number in now
@@ -482,39 +462,10 @@ class Shard:
         return [*others, *self._take_due()]
 
     def _take_due(self) -> list[ev.Effect]:
-        effects: list[ev.Effect] = []
-        for number in [number for number, at in self._due.items() if at <= self.version]:
-            del self._due[number]
-            self._snapshots[number] = ev.SnapshotSent(
-                self.rules.timeline, number, self.part.index, self.version, self._copy(), self.buffers
-            )
-            effects += [ev.Send(to, self._snapshots[number]) for to in self._snapshot_readers.pop(number, ())]
-            while len(self._snapshots) > SNAPSHOTS_KEPT:
-                self._snapshots.popitem(last=False)
-        return effects
+        taken = self._snapshots.take(self.version, self._copy, self.buffers)
+        return [ev.Send(reader, snapshot) for reader, snapshot in taken]
 
     def _copy(self) -> Array:
         if self._published is None:
             self._published = self.weights.numpy().copy()
         return self._published
-
-    def _snapshot_pulled(self, source: int, pull: ev.SnapshotPulled) -> list[ev.Effect]:
-        if pull.number in self._snapshots:
-            return [ev.Send(source, self._snapshots[pull.number])]
-        self._snapshot_readers.setdefault(pull.number, []).append(source)
-        return []
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Elements [first, stop) of the shard, and the pieces in them, counted from `first`."""
-
-    first: int
-    stop: int
-    parts: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, part: Slice, cuts: list[tuple[int, int, int]]) -> _Block:
-        places = [(part.pieces[i].start + lo, part.pieces[i].start + hi) for i, lo, hi in cuts]
-        first, stop = places[0][0], places[-1][1]
-        return cls(first, stop, tuple((lo - first, hi - first) for lo, hi in places))

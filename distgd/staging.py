@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distgd.layout import Slice
 from distgd.reduce import Node, Sum, Tree
 
 Part = Tensor | tuple["Part", "Part"]
@@ -91,6 +92,21 @@ class Staging:
         self._weights.clear()
         for tree in self._trees:
             tree.clear()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements [first, stop) of the shard, and the pieces in them, counted from `first`."""
+
+    first: int
+    stop: int
+    parts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, part: Slice, cuts: list[tuple[int, int, int]]) -> Block:
+        places = [(part.pieces[i].start + lo, part.pieces[i].start + hi) for i, lo, hi in cuts]
+        first, stop = places[0][0], places[-1][1]
+        return cls(first, stop, tuple((lo - first, hi - first) for lo, hi in places))
 
 
 def add(left: Sum[Part], right: Sum[Part]) -> Sum[Part]:

@@ -29,8 +29,8 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics staging returning shard stopping "  # pure
-            "features",
+            "layout optim policy ledger reduce codecs faults diagnostics rules staging returning "  # pure
+            "snapshots shard stopping features",
             "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
             "server worker adder evaluator driver assignment evaluations gradients replica tally",  # actors
             "cluster inprocess resources",  # the engine

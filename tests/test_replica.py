@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distgd.errors import BadInput, users_error
-from distgd.gradients import LARGE
+from distgd.gradients import LARGE, Watch
 from distgd.layout import BufferLayout, block_squares, squared_norm
 from distgd.replica import Replica
 from distgd.sources import Order, open_source
@@ -298,8 +298,10 @@ class Wide(Line):
 
 
 def checkpointed_twice(wide: Tensor) -> Tensor:
+    """`wide` is no input, as a module's parameter is none, so that each part finishes its gradient by itself."""
     one = torch.ones((), requires_grad=True)
-    return checkpoint(torch.mul, wide, one, use_reentrant=True) + checkpoint(torch.mul, wide, one, use_reentrant=True)
+    part: Any = lambda x: wide * x  # noqa: E731
+    return checkpoint(part, one, use_reentrant=True) + checkpoint(part, one, use_reentrant=True)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +320,81 @@ def test_a_large_gradient_is_what_torch_has(use: Any) -> None:
     assert not views["unused"].any()
     assert stats.squared_norm == pytest.approx(float((out.double() / 3).square().sum()), rel=1e-5)
     assert all(parameter.grad is None for parameter in replica.model.parameters())
+
+
+class Told:
+    """What a watcher saw: each range's values when it was told of, by number."""
+
+    def __init__(self, out: Tensor, ranges: list[tuple[int, int]]) -> None:
+        self.ranges, self.out, self.seen = ranges, out, dict[int, Tensor]()
+        self.watch = Watch(ranges, self.final)
+
+    def final(self, number: int) -> None:
+        assert number not in self.seen
+        first, stop = self.ranges[number]
+        self.seen[number] = self.out[first:stop].clone()
+
+
+class TestWatch:
+    """Where gradients leave while autograd goes on."""
+
+    @staticmethod
+    def deep(layers: int = 4) -> Any:
+        """Layers of one large and one small parameter each."""
+
+        class Deep(Line):
+            def model(self) -> nn.Module:
+                return nn.Sequential(
+                    nn.Linear(5, 300), *(nn.Linear(300, 300) for _ in range(layers)), nn.Linear(300, 1)
+                )
+
+        return Deep()
+
+    @pytest.mark.parametrize("bucket", [64, 1000, 1 << 16, 1 << 20])
+    def test_a_range_that_is_told_of_is_final_and_most_are_told_of_before_the_end(self, bucket: int) -> None:
+        replica = Replica(self.deep(), seed=3)
+        out, source = replica.layout.zeros(), replica.train_source()
+        ranges = [(i, min(i + bucket, len(out))) for i in range(0, len(out), bucket)]
+        first = Told(out, ranges)
+        replica.gradient(source, ORDER, 0, 1, out, first.watch)
+        assert not first.seen, "the first pass shows whether gradients are finished once"
+        replica.gradient(source, ORDER, 1, 1, out)
+        expected = out.clone()
+        told = Told(out.fill_(0.0), ranges)
+        replica.gradient(source, ORDER, 1, 1, out, told.watch)
+        assert torch.equal(out, expected)
+        for number, seen in told.seen.items():
+            assert torch.equal(seen, expected[slice(*ranges[number])])
+        if bucket < 1 << 20:
+            assert len(told.seen) > len(ranges) / 2
+            assert next(iter(told.seen)) > list(told.seen)[-1], "the last layers are first"
+
+    def test_a_model_that_finishes_gradients_twice_is_never_told_of(self) -> None:
+        replica = Replica(Wide(checkpointed_twice), seed=3)
+        out, source = replica.layout.zeros(), replica.train_source()
+        for step in range(3):
+            told = Told(out, [(0, len(out))])
+            replica.gradient(source, ORDER, step, 1, out, told.watch)
+            assert not told.seen
+
+    def test_one_that_begins_to_is_refused(self) -> None:
+        task = Wide(torch.square)
+        replica = Replica(task, seed=3)
+        out, source = replica.layout.zeros(), replica.train_source()
+        replica.gradient(source, ORDER, 0, 1, out, Told(out, [(0, 64)]).watch)
+        task.use = checkpointed_twice
+        with pytest.raises(
+            BadInput, match=r"finishes each gradient once.*found wide finished twice.*use_reentrant=False"
+        ):
+            replica.gradient(source, ORDER, 1, 1, out, Told(out, [(0, 64)]).watch)
+
+    def test_nothing_is_final_before_a_slot_is_clipped(self) -> None:
+        replica = Replica(self.deep(), seed=3, clip=0.1)
+        out, source = replica.layout.zeros(), replica.train_source()
+        for step in range(2):
+            told = Told(out, [(0, len(out))])
+            replica.gradient(source, ORDER, step, 1, out, told.watch)
+            assert not told.seen
 
 
 def test_the_plain_model_has_gradients_as_torch_makes_them() -> None:

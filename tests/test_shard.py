@@ -20,7 +20,8 @@ from distgd.layout import Layout, block_squares, squared_norm
 from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule, clip_scale
 from distgd.policy import Immediate, Policy, Staged
 from distgd.reduce import Node, Sum, Tree, nodes, split
-from distgd.shard import Shard, ShardRules
+from distgd.rules import ShardRules
+from distgd.shard import Shard
 
 LAYOUT = Layout.of([("a", (100,)), ("b", (3, 50)), ("c", (7,))], "float32")  # 2 + 3 + 1 blocks
 ADAM = OptimizerSpec("Adam", {"lr": 0.1})

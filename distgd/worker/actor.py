@@ -22,7 +22,7 @@ from distgd.config import Data, TaskSection
 from distgd.errors import BadInput
 from distgd.layout import Slice
 from distgd.replica import Blueprint, Replica, SlotGradient
-from distgd.shard import ShardRules
+from distgd.rules import ShardRules
 from distgd.sources import Order
 from distgd.tasks import Task, load
 from distgd.transport.segments import Allocate

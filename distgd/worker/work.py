@@ -11,7 +11,7 @@ from torch import Tensor
 from distgd import events as ev
 from distgd.layout import Layout, Slice
 from distgd.replica import Replica, SlotGradient
-from distgd.shard import ShardRules
+from distgd.rules import ShardRules
 from distgd.transport.segments import Allocate
 
 

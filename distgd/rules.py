@@ -1,0 +1,28 @@
+"""What all shards of a run have in common, and everybody who talks to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distgd.layout import BUCKET
+
+
+@dataclass(frozen=True)
+class ShardRules:
+    """What all shards of a run have in common.
+
+    `incarnations` are the shards' own, by index. `slots` is K. `last` is the run's last version. `clip` limits the
+    global norm of the mean gradient (`staged`, sync mode; elsewhere the worker clips, as its push is the whole update).
+    `scale_lr` divides the learning rate by max(1, staleness). `bucket` is how many elements travel between machines in
+    one message (sync mode, every slot required), `dtype` as what (`transport.dtype`).
+    """
+
+    timeline: int
+    incarnations: tuple[int, ...]
+    slots: int
+    last: int
+    staged: bool
+    clip: float | None
+    scale_lr: bool
+    bucket: int = BUCKET
+    dtype: str = "model"
