@@ -8,11 +8,15 @@ main memory. The order of additions is the tree's in either case.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import frexp
 
 import torch
 from torch import Tensor
 
 from distgd.reduce import Sum
+
+LARGEST_INVERTED = 2.0**60
+"""Far below what has no inverse in float32."""
 
 Part = Tensor | tuple["Part", "Part"]
 """A vector, or the sum of two that is still to be computed."""
@@ -42,10 +46,17 @@ class Mean:
         if self.total.value is None:
             return out.zero_()
         if isinstance(self.total.value, Tensor):
-            torch.div(self.total.value[first:stop], self.total.weight, out=out)
+            _divided(self.total.value[first:stop], self.total.weight, out)
         else:
-            _block(self.total.value, first, stop, out, []).div_(self.total.weight)
+            _divided(_block(self.total.value, first, stop, out, []), self.total.weight, out)
         return out if self.scale == 1.0 else out.mul_(self.scale)
+
+
+def _divided(vector: Tensor, weight: float, out: Tensor) -> Tensor:
+    """Write `vector` / `weight` to `out`. The inverse of a power of two is exact: the same bits, in half the time."""
+    if 1.0 <= weight <= LARGEST_INVERTED and frexp(weight)[0] == 0.5:
+        return torch.mul(vector, 1.0 / weight, out=out)
+    return torch.div(vector, weight, out=out)
 
 
 def _block(part: Part, first: int, stop: int, out: Tensor, spare: list[Tensor]) -> Tensor:

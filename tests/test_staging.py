@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,3 +47,14 @@ def test_the_mean_is_the_trees_and_foreign_memory_is_left_alone(kinds: list[str]
     else:
         assert torch.equal(found, expected.value / expected.weight * 0.5)
     assert all(torch.equal(given_out[k], values[k]) for k in order if kinds[k] == "foreign")
+
+
+@given(
+    hnp.arrays(np.float32, 64, elements=st.floats(width=32)),
+    st.one_of(st.integers(0, 70).map(lambda k: 2.0**k), st.floats(0.001, 1e6)),
+)
+def test_a_mean_has_the_bits_of_a_division(values: np.ndarray[Any, Any], weight: float) -> None:
+    """Also where it is computed another way: weights that are powers of two."""
+    total = torch.from_numpy(values)
+    mean = Mean(Sum(total, weight, owned=False)).block(0, 64, torch.empty(64))
+    assert torch.equal((total / weight).view(torch.int32), mean.view(torch.int32))
