@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,14 @@ LARGE = 1 << 16
 """Elements of a gradient that is worth a call of its own while autograd goes on."""
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where gradients go in one flat vector: small ones by parameter, in its shape and flat; large ones by name."""
+
+    small: tuple[tuple[nn.Parameter, Tensor, Tensor], ...]
+    large: dict[str, Tensor]
+
+
 class GradientTaker:
     """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
 
@@ -31,9 +39,10 @@ class GradientTaker:
         self._layout = layout
         self._parameters = trainable(model)
         large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
+        self._all = tuple(self._parameters.values())
         self._small = {name: p for name, p in self._parameters.items() if name not in large}
-        self._places: dict[int, dict[str, Tensor]] = {}  # by the address of the flat vector, of which there are few
-        self._out: dict[str, Tensor] | None = None
+        self._places: dict[int, _Places] = {}  # by the address of the flat vector, of which there are few
+        self._out: _Places | None = None
         self._scale = 1.0
         self._squares: dict[str, float] = {}
         with torch.enable_grad():
@@ -48,19 +57,25 @@ class GradientTaker:
         Raises:
             BadInput: the loss has set gradients itself.
         """
-        if set_already := next((name for name, p in self._parameters.items() if p.grad is not None), None):
-            raise self._meddled(set_already)
-        if out.data_ptr() not in self._places:
-            self._places[out.data_ptr()] = {name: view.view(-1) for name, view in self._layout.views(out).items()}
-        self._out, self._scale, self._squares = self._places[out.data_ptr()], scale, {}
+        if any(p.grad is not None for p in self._all):
+            raise self._meddled(next(name for name, p in self._parameters.items() if p.grad is not None))
+        places = self._places.get(out.data_ptr())
+        if places is None:
+            places = self._places[out.data_ptr()] = self._find(out)
+        self._out, self._scale, self._squares = places, scale, {}
         try:
             _differentiate(loss)
-            square = self._take_small(self._out)
-            for name in self._parameters.keys() - self._squares.keys() - self._small.keys():
-                self._out[name].zero_()
+            square = self._take_small(places)
+            for name in self._nodes.keys() - self._squares.keys():
+                places.large[name].zero_()
         finally:
             self._out = None
-        return square + sum(self._squares[name] for name in self._parameters if name in self._squares)
+        return square + sum([self._squares[name] for name in self._nodes if name in self._squares])
+
+    def _find(self, out: Tensor) -> _Places:
+        views = self._layout.views(out)
+        small = tuple((p, views[name], views[name].view(-1)) for name, p in self._small.items())
+        return _Places(small, {name: views[name].view(-1) for name in self._nodes})
 
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
@@ -70,7 +85,7 @@ class GradientTaker:
     def _take(self, name: str, grads: tuple[Tensor, ...]) -> Any:
         if self._out is None or self._parameters[name].grad is not None:
             raise self._meddled(name)
-        place, grad = self._out[name], grads[0].reshape(-1)
+        place, grad = self._out.large[name], grads[0].reshape(-1)
         if name in self._squares:
             place.add_(grad.cpu(), alpha=self._scale)
             self._squares[name] = _scaled(place, 1.0, place)
@@ -78,14 +93,19 @@ class GradientTaker:
             self._squares[name] = _scaled(grad, self._scale, place)
         return (None,)  # nothing is left to accumulate
 
-    def _take_small(self, out: Mapping[str, Tensor]) -> float:
-        square = 0.0
-        for name, parameter in self._small.items():
-            grad, parameter.grad = parameter.grad, None
+    def _take_small(self, places: _Places) -> float:
+        square, scale = 0.0, self._scale
+        for parameter, place, flat in places.small:
+            grad = parameter.grad
             if grad is None:
-                out[name].zero_()
+                flat.zero_()
+                continue
+            parameter.grad = None
+            if grad.is_cpu:
+                torch.mul(grad, scale, out=place)
             else:
-                square += _scaled(grad.reshape(-1), self._scale, out[name])
+                place.copy_(grad).mul_(scale)
+            square += squared(flat)
         return square
 
     @staticmethod
