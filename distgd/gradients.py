@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +55,14 @@ class _Waiting:
                 self._final(number)
 
 
+@dataclass(frozen=True)
+class _Places:
+    """Where gradients go in one flat vector: small ones with their parameter, in its shape; all by name, flat."""
+
+    small: tuple[tuple[str, nn.Parameter, Tensor], ...]
+    flat: dict[str, Tensor]
+
+
 class GradientTaker:
     """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
 
@@ -68,9 +76,10 @@ class GradientTaker:
         self._layout = layout
         self._parameters = trainable(model)
         large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
+        self._all = tuple(self._parameters.values())
         self._small = {name: p for name, p in self._parameters.items() if name not in large}
-        self._places: dict[int, dict[str, Tensor]] = {}  # by the address of the flat vector, of which there are few
-        self._out: dict[str, Tensor] | None = None
+        self._places: dict[int, _Places] = {}  # by the address of the flat vector, of which there are few
+        self._out: _Places | None = None
         self._scale = 1.0
         self._squares: dict[str, float] = {}
         self._waiting: _Waiting | None = None
@@ -88,21 +97,32 @@ class GradientTaker:
         Raises:
             BadInput: the loss has set gradients itself.
         """
-        if set_already := next((name for name, p in self._parameters.items() if p.grad is not None), None):
-            raise self._meddled(set_already)
-        if out.data_ptr() not in self._places:
-            self._places[out.data_ptr()] = {name: view.view(-1) for name, view in self._layout.views(out).items()}
-        self._out, self._scale, self._squares = self._places[out.data_ptr()], scale, {}
+        if any(p.grad is not None for p in self._all):
+            raise self._meddled(next(name for name, p in self._parameters.items() if p.grad is not None))
+        places = self._places.get(out.data_ptr())
+        if places is None:
+            places = self._places[out.data_ptr()] = self._find(out)
+        self._out, self._scale, self._squares = places, scale, {}
         self._waiting = _Waiting(self._layout, watch) if watch is not None and self._again is False else None
         self._again = self._again or False
         try:
             _differentiate(loss)
-            self._take_small(self._out)
-            for name in self._parameters.keys() - self._squares.keys():
-                self._out[name].zero_()
+            self._take_small(places)
+            for name in self._unused():
+                places.flat[name].zero_()
         finally:
             self._out = self._waiting = None
-        return sum(self._squares[name] for name in self._parameters if name in self._squares)
+        return sum([self._squares[name] for name in self._parameters if name in self._squares])
+
+    def _unused(self) -> Iterable[str]:
+        if len(self._squares) == len(self._parameters):
+            return ()
+        return self._parameters.keys() - self._squares.keys()
+
+    def _find(self, out: Tensor) -> _Places:
+        views = self._layout.views(out)
+        small = tuple((name, p, views[name]) for name, p in self._small.items())
+        return _Places(small, {name: view.view(-1) for name, view in views.items()})
 
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
@@ -112,7 +132,7 @@ class GradientTaker:
     def _take(self, name: str, grads: tuple[Tensor, ...]) -> Any:
         if self._out is None or self._parameters[name].grad is not None:
             raise self._meddled(name)
-        place, grad = self._out[name], grads[0].reshape(-1)
+        place, grad = self._out.flat[name], grads[0].reshape(-1)
         if name in self._squares:
             self._finished_twice(name)
             place.add_(grad.cpu(), alpha=self._scale)
@@ -124,15 +144,21 @@ class GradientTaker:
             self._take_small(self._out)
         return (None,)  # nothing is left to accumulate
 
-    def _take_small(self, out: Mapping[str, Tensor]) -> None:
+    def _take_small(self, places: _Places) -> None:
         """Move the small ones that are there."""
-        for name, parameter in self._small.items():
-            grad, parameter.grad = parameter.grad, None
+        scale, squares = self._scale, self._squares
+        for name, parameter, place in places.small:
+            grad = parameter.grad
             if grad is None:
                 continue
-            if name in self._squares:
+            parameter.grad = None
+            if name in squares:
                 self._finished_twice(name)
-            self._squares[name] = _scaled(grad.reshape(-1), self._scale, out[name])
+            if grad.is_cpu:
+                torch.mul(grad, scale, out=place)
+            else:
+                place.copy_(grad).mul_(scale)
+            squares[name] = squared(places.flat[name])
             if self._waiting is not None:
                 self._waiting.took(name)
 

@@ -272,6 +272,8 @@ class BufferLayout:
 
     def unpack(self, packed: np.ndarray[tuple[int], np.dtype[np.uint8]], model: nn.Module) -> None:
         """Write bytes from `pack` back into the buffers of `model`."""
+        if not self.entries:
+            return
         raw = torch.from_numpy(packed.copy())
         for (_, _, shape, at), buffer in zip(self.entries, model.buffers(), strict=True):
             size = buffer.numel() * buffer.element_size()

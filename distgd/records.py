@@ -130,7 +130,7 @@ class Jsonl:
     def log(self, event: Event) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(strict(event), allow_nan=False) + "\n")
+        self._file.write(_line(event) + "\n")
         if event["event"] != "step" or event["seconds"] >= self._flushed + 1.0:
             self._file.flush()
             self._flushed = event["seconds"]
@@ -139,6 +139,17 @@ class Jsonl:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
+
+
+def _line(event: Event) -> str:
+    """The event as strict JSON; only where it holds something else than plain finite numbers it is copied first."""
+    try:
+        return _ENCODE(event)
+    except (TypeError, ValueError):
+        return _ENCODE(strict(event))
 
 
 def strict(value: Any) -> Any:

@@ -9,8 +9,10 @@ Nothing here knows who sends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -38,13 +40,23 @@ def nodes(slots: int) -> Iterator[tuple[Node, Node, Node]]:
             pending += [(middle, stop), (first, middle)]
 
 
+@lru_cache(maxsize=64)  # a run has one tree, and asks for it at every step
+def parents(slots: int) -> Mapping[Node, tuple[Node, Node, Node]]:
+    """Each node of the tree over `slots` but the root, with its (parent, left, right)."""
+    return MappingProxyType({child: triple for triple in nodes(slots) for child in triple[1:]})
+
+
 def maximal(own: Collection[int], slots: int) -> list[Node]:
     """The largest nodes of the tree over `slots` that lie wholly within `own`, in order.
 
     >>> maximal({0, 1, 2, 5}, 8)
     [(0, 2), (2, 3), (5, 6)]
     """
+    return list(_maximal(frozenset(own), slots))
 
+
+@lru_cache(maxsize=64)  # a worker's share changes with the table only
+def _maximal(own: frozenset[int], slots: int) -> list[Node]:
     def within(first: int, stop: int) -> list[Node]:
         if all(k in own for k in range(first, stop)):
             return [(first, stop)]
@@ -82,7 +94,7 @@ class Tree(Generic[T]):
         self.slots = slots
         self._add = add
         self._eager = eager
-        self._parent = {child: triple for triple in nodes(slots) for child in triple[1:]}
+        self._parent = parents(slots)
         self._held: dict[Node, Sum[T]] = {}
 
     def __contains__(self, node: Node) -> bool:

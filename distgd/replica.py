@@ -29,6 +29,7 @@ from distgd.sources import (
     Glimpse,
     Order,
     Source,
+    TensorSource,
     data_seed,
     difference,
     glimpse,
@@ -156,7 +157,10 @@ class Replica:
         self.layout.adopt(self.model, self.flat)
         self.buffer_layout = BufferLayout.of_model(self.model)
         self.buffers = self.buffer_layout.pack(self.model)  # their committed value
+        self._largest = torch.finfo(self.layout.torch_dtype).max
         self._taker = GradientTaker(self.layout, self.model)
+        self._modules = tuple(self.model.modules())
+        self._plain_modes = all(type(module).train is nn.Module.train for module in self._modules)
 
     def frozen(self) -> dict[str, Array]:
         """Values of the parameters that take no gradient, by name."""
@@ -190,13 +194,11 @@ class Replica:
         Raises:
             BadInput: the loss is no scalar, its weight is negative or not finite, or it meddles with gradients.
         """
-        indices = order.indices(step, slot)
-        if not len(indices):
+        first, stop = order.places(step, slot)
+        if first == stop:
             return SlotGradient.empty(slot)
-        samples, batch = len(indices), self.batch(source, order, step, slot)
-        self.buffer_layout.unpack(self.buffers, self.model)
-        seed_everything(slot_seed(self.seed, order.epoch_of(step), step, slot))
-        self.model.train()
+        samples, batch = stop - first, self.batch(source, order, step, slot)
+        self._begin(slot_seed(self.seed, order.epoch_of(step), step, slot))
         loss, weight = self._loss(batch, samples)
         if weight == 0.0:
             return SlotGradient.empty(slot, samples)
@@ -208,15 +210,28 @@ class Replica:
             out.mul_(clip_scale(square, self.clip)).mul_(weight)
         else:
             square /= weight * weight
-        packed = self.buffer_layout.pack(self.model)
-        changed = packed if not np.array_equal(packed, self.buffers) else None
         stats = SlotStats(slot, samples, weight, float(loss.detach()), square, 0.0)
-        fits = square**0.5 * weight <= torch.finfo(out.dtype).max  # also after the multiplication; false for NaN
-        return SlotGradient(stats, bad=not (fits and isfinite(stats.loss)), buffers=changed)
+        fits = square**0.5 * weight <= self._largest  # also after the multiplication; false for NaN
+        return SlotGradient(stats, bad=not (fits and isfinite(stats.loss)), buffers=self._changed())
+
+    def _begin(self, seed: int) -> None:
+        """Buffers, chance and mode as every forward pass of a slot finds them."""
+        self.buffer_layout.unpack(self.buffers, self.model)
+        seed_everything(seed)
+        if not (self._plain_modes and all(module.training for module in self._modules)):
+            self.model.train()
+
+    def _changed(self) -> Array | None:
+        """The model's buffers, None where they are the committed ones."""
+        if not self.buffer_layout.size:
+            return None
+        packed = self.buffer_layout.pack(self.model)
+        return packed if not np.array_equal(packed, self.buffers) else None
 
     def batch(self, source: Source, order: Order, step: int, slot: int) -> Batch:
         """A slot's samples, on the device."""
-        seed_everything(data_seed(self.seed, order.epoch_of(step), step, slot))
+        if type(source) is not TensorSource:  # rows of a tensor are no matter of chance
+            seed_everything(data_seed(self.seed, order.epoch_of(step), step, slot))
         return to_device(source.batch(order.indices(step, slot)), self.device)
 
     def _loss(self, batch: Batch, samples: int) -> tuple[Tensor, float]:

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import frexp
 
 import torch
 from torch import Tensor
 
 from distgd.layout import Slice
 from distgd.reduce import Node, Sum, Tree
+
+LARGEST_INVERTED = 2.0**60
+"""Far below what has no inverse in float32."""
 
 Part = Tensor | tuple["Part", "Part"]
 """A vector, or the sum of two that is still to be computed."""
@@ -153,11 +157,18 @@ class Mean:
             out.zero_()
             return
         if isinstance(total, Tensor):
-            torch.div(total[first:stop], self.weight, out=out)
+            _divided(total[first:stop], self.weight, out)
         else:
-            _block(total, first, stop, out, []).div_(self.weight)
+            _divided(_block(total, first, stop, out, []), self.weight, out)
         if self.scale != 1.0:
             out.mul_(self.scale)
+
+
+def _divided(vector: Tensor, weight: float, out: Tensor) -> Tensor:
+    """Write `vector` / `weight` to `out`. The inverse of a power of two is exact: the same bits, in half the time."""
+    if 1.0 <= weight <= LARGEST_INVERTED and frexp(weight)[0] == 0.5:
+        return torch.mul(vector, 1.0 / weight, out=out)
+    return torch.div(vector, weight, out=out)
 
 
 def _block(part: Part, first: int, stop: int, out: Tensor, spare: list[Tensor]) -> Tensor:

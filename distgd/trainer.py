@@ -340,6 +340,8 @@ class _Run:
 
     def _perform(self, cluster: Cluster, effects: list[Effect]) -> Finish | None:
         stop: Stop | None = None
+        if lines := [json.dumps(effect.line) + "\n" for effect in effects if isinstance(effect, Account)]:
+            self.ledger.write("".join(lines))  # at once: one call a step, and a step is there whole
         for effect in effects:
             match effect:
                 case ev.Send(to, message):
@@ -351,8 +353,6 @@ class _Run:
                 case Keep(best):
                     weights.save(self._state_of(best.parts), self.run_dir / "best.safetensors")
                     best.parts.clear()
-                case Account(line):
-                    self.ledger.write(json.dumps(line) + "\n")
                 case Finish():
                     return effect
         if stop is not None and self.driver is not None:  # behind what was decided before, which may go on

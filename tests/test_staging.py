@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import hypothesis.extra.numpy as hnp
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -89,3 +91,14 @@ def test_a_part_that_is_no_bucket_is_refused() -> None:
     for start, size in ((1, BUCKET), (0, BUCKET - 1), (BUCKET * 2, BUCKET), (BUCKET * 3, 1)):
         with pytest.raises(ValueError, match="is no bucket"):
             staging.put_part((0, 1), start, torch.zeros(size))
+
+
+@given(
+    hnp.arrays(np.float32, 64, elements=st.floats(width=32)),
+    st.one_of(st.integers(0, 70).map(lambda k: 2.0**k), st.floats(0.001, 1e6)),
+)
+def test_a_mean_has_the_bits_of_a_division(values: np.ndarray[Any, Any], weight: float) -> None:
+    """Also where it is computed another way: weights that are powers of two."""
+    total = torch.from_numpy(values)
+    mean = Mean.of(total, weight).block(0, 64, torch.empty(64))
+    assert torch.equal((total / weight).view(torch.int32), mean.view(torch.int32))

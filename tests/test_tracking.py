@@ -280,6 +280,42 @@ def test_the_backlog_is_bounded_and_counted(
     assert "200 events" in messages[-1]
 
 
+def test_a_thread_that_rests_keeps_order_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a rest that would outlast the test: whatever waits is written at once when the run ends."""
+    monkeypatch.setattr(writer, "LONGEST_REST", math.inf)
+    monkeypatch.setattr(writer, "REST", 1e6)
+    tracker = Mlflow()
+    tracker.start(info(tmp_path))
+    tracker.log(event(1))
+    while tracker._events:  # the first one is taken, and then the thread rests
+        time.sleep(0.01)
+    for step in range(2, 3 * writer.EVENTS_A_BATCH):
+        tracker.log(event(step))
+    tracker.finish(RunEnd("completed"))
+    assert not warnings(caplog)
+    from mlflow import MlflowClient
+
+    assert tracker.run_id
+    history = MlflowClient(f"sqlite:///{tmp_path}/store/mlflow.db").get_metric_history(tracker.run_id, "train/loss")
+    assert [metric.step for metric in history] == list(range(1, 3 * writer.EVENTS_A_BATCH))
+
+
+def test_more_than_half_a_backlog_is_written_without_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "BACKLOG", 4)
+    monkeypatch.setattr(writer, "EVENTS_A_BATCH", 1)
+    monkeypatch.setattr(writer, "LONGEST_REST", math.inf)
+    monkeypatch.setattr(writer, "REST", 1e6)
+    tracker = Mlflow()
+    for step in range(1, 5):
+        tracker.log(event(step))
+    tracker.start(info(tmp_path))
+    while len(tracker._events) > 1:
+        time.sleep(0.01)
+    tracker.finish(RunEnd("completed"))
+
+
 def train(folder: Path) -> None:
     tracker = Mlflow()
     tracker.start(info(folder))

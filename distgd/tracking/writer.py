@@ -19,7 +19,12 @@ log = logging.getLogger("distgd.tracking")
 BACKLOG = 10_000
 """Events that wait for MLflow at most; more are dropped from MLflow and counted."""
 
-EVENTS_A_BATCH = 500
+EVENTS_A_BATCH = 50
+"""About a thousand metrics, which are one call."""
+
+REST, LONGEST_REST = 25.0, 5.0
+"""Between two calls the thread rests for so many times the CPU time that the last one took, but never longer than so
+many seconds: a few percent of a core are MLflow's while training goes on, and the end of the run writes the rest."""
 
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 30.0
 
@@ -52,6 +57,7 @@ class Mlflow:
         self._dropped = 0
         self._thinned: Event | None = None
         self._end: RunEnd | None = None
+        self._ended = threading.Event()  # an event that is logged does not wake who waits for this
         self._until = math.inf
         self._unwritten: list[str] = []
         self._warned = False
@@ -110,6 +116,7 @@ class Mlflow:
             self._end = end
             self._until = time.monotonic() + self._deadline
             self._changed.notify()
+        self._ended.set()
         self._thread.join(self._deadline)
         for name in self._settings:
             os.environ.pop(name, None)
@@ -129,7 +136,10 @@ class Mlflow:
             return
         self._try("params, tags and data", store.describe)
         while batch := self._next_batch():
+            began = time.thread_time()
             self._try(f"{len(batch)} events", partial(store.write, batch))
+            if len(self._events) < BACKLOG // 2:
+                self._ended.wait(min(REST * (time.thread_time() - began), LONGEST_REST))
         if self._end:
             for what, call in store.closing(self._end):
                 self._try(what, call)

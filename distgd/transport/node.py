@@ -20,7 +20,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,8 @@ AVAILABLE = SUPPORTED and hasattr(socket, "SOCK_SEQPACKET")
 
 _COUNT = struct.Struct("<cB")
 _FRAME = struct.Struct("<BQQQ")  # how it travels, bytes, segment, first byte in it
+_ALONE = struct.Struct("<cBBQQQ")  # both, where a message is a header and nothing else
+_MOST_ALONE = LARGEST - _ALONE.size
 _HERE, _NAMED, _NEW, _PARCEL = range(4)
 
 
@@ -144,11 +146,15 @@ class NodeEndpoint:
             self._deliver(link, frames)
 
     def _deliver(self, link: _Link, frames: list[Any]) -> None:
+        if len(frames) == 1 and len(frames[0]) <= _MOST_ALONE:
+            self._transmit(link, _ALONE.pack(DATA, 1, _HERE, len(frames[0]), 0, 0) + frames[0], ())
+            return
         head: list[bytes] = [_COUNT.pack(DATA, len(frames))]
         body: list[Any] = []
         descriptors: list[int] = []
         parcels: list[int] = []
         room = LARGEST - _COUNT.size - _FRAME.size * len(frames)
+        most = LARGEST  # the header is copied as long as it fits, an array only where it is small
         for frame in frames:
             size = len(frame)
             number, offset = self._place(frame, size) if size > INLINE else (-1, 0)
@@ -158,7 +164,7 @@ class NodeEndpoint:
                 if new:
                     link.told.add(number)
                     descriptors.append(self._segments[number].descriptor)
-            elif size <= min(room, LARGEST if frame is frames[0] else INLINE):
+            elif size <= min(room, most):
                 head.append(_FRAME.pack(_HERE, size, 0, 0))
                 body.append(frame)
                 room -= size
@@ -166,14 +172,17 @@ class NodeEndpoint:
                 head.append(_FRAME.pack(_PARCEL, size, 0, 0))
                 parcels.append(_parcel(frame))
                 descriptors.append(parcels[-1])
+            most = INLINE
         self._transmit(link, b"".join([*head, *body]), descriptors)
-        if not link.outbox:
+        if parcels and not link.outbox:
             for parcel in parcels:
                 os.close(parcel)
 
     def _place(self, frame: Any, size: int) -> tuple[int, int]:
         """In which segment of ours the memory lies, and where; (-1, 0) where in none."""
-        address = address_of(np.frombuffer(frame, dtype=np.uint8))
+        if not isinstance(frame, np.ndarray):
+            return -1, 0
+        address = address_of(frame)
         for number, segment in self._segments.items():
             if segment.holds(address, size):
                 return number, address - segment.address
@@ -263,15 +272,15 @@ class NodeEndpoint:
             return
         except OSError:
             data, rights, flags = b"", [], 0
-        descriptors = _descriptors(rights)
+        descriptors = _descriptors(rights) if rights else []
         try:
             if not data:
                 self._forget(link)
                 return
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError("longer than any that is sent here")
-            if data[:1] == DATA and link.peer >= 0:
-                self._inbox.append((link.peer, list(self._frames(link, data, descriptors))))
+            if link.peer >= 0 and data[:1] == DATA:
+                self._inbox.append((link.peer, self._frames(link, data, descriptors)))
             else:
                 self._introduced(link, data)
         except (struct.error, ValueError, IndexError, KeyError, OSError, StopIteration) as error:
@@ -280,20 +289,24 @@ class NodeEndpoint:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _frames(self, link: _Link, data: bytes, descriptors: list[int]) -> Iterator[Any]:
-        _, count = _COUNT.unpack_from(data)
-        at = _COUNT.size + count * _FRAME.size
-        for place in range(count):
-            how, size, number, offset = _FRAME.unpack_from(data, _COUNT.size + place * _FRAME.size)
+    def _frames(self, link: _Link, data: bytes, descriptors: list[int]) -> list[Any]:
+        count, place = data[1], _COUNT.size
+        frames: list[Any] = []
+        at = place + count * _FRAME.size
+        for _ in range(count):
+            how, size, number, offset = _FRAME.unpack_from(data, place)
+            place += _FRAME.size
             if how == _HERE:
-                yield memoryview(bytearray(data[at : at + size])) if place else data[at : at + size]
+                inside = data[at : at + size]
+                frames.append(memoryview(bytearray(inside)) if frames else inside)
                 at += size
             elif how == _PARCEL:
-                yield _unpack(descriptors.pop(0), size)
+                frames.append(_unpack(descriptors.pop(0), size))
             else:
                 if how == _NEW:
                     link.theirs[number] = Segment.adopt(descriptors.pop(0))
-                yield link.theirs[number].memory[offset : offset + size]
+                frames.append(link.theirs[number].memory[offset : offset + size])
+        return frames
 
     def _forget(self, link: _Link) -> None:
         """The other end is gone. What it sent, and its memory where somebody still reads it, stays."""
