@@ -11,6 +11,7 @@ import json
 import struct
 import types
 import typing
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -70,7 +71,7 @@ class Codec:
         return frames
 
     def decode(self, frames: Sequence[Any]) -> Any:
-        """The message; its arrays are views of the frames' memory.
+        """The message; its arrays are views of the frames' memory, or copies where one came in several frames.
 
         Raises:
             MalformedMessage: no header, an unknown kind, or fields and arrays that do not fit it.
@@ -136,11 +137,11 @@ class _Record:
 
     def _show(self, values: list[Any], frames: Sequence[Any]) -> None:
         """Put the arrays, which come last, in the place of their descriptions."""
-        left = iter(frames)
+        left = deque(frames)
         for place in range(len(values) - self._views, len(values)):
             if values[place] is not None:
-                values[place] = _array(values[place], next(left))
-        if next(left, None) is not None:
+                values[place] = _array(values[place], _gathered(values[place][2], left))
+        if left:
             raise ValueError("more arrays than the header names")
 
 
@@ -279,6 +280,21 @@ def _described(data: bytes) -> _Described | None:
     if dtype.hasobject or min(shape, default=0) < 0:
         raise ValueError(f"no array of numbers is {dtype} {shape}")
     return dtype, shape, prod(shape) * dtype.itemsize
+
+
+def _gathered(size: int, left: deque[Any]) -> Any:
+    """The next array's bytes: one frame, or several put together."""
+    frame = left.popleft()
+    if len(frame) >= size:
+        return frame
+    if len(frame) + sum(map(len, left)) < size:  # before memory is taken for it
+        raise ValueError(f"fewer bytes than the {size} of an array")
+    whole, at = np.empty(size, np.uint8), 0
+    while at < size:
+        whole[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
+        at += len(frame)
+        frame = left.popleft() if at < size else b""
+    return whole
 
 
 def _array(described: _Described, frame: Any) -> np.ndarray[Any, Any]:

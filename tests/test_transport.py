@@ -19,6 +19,7 @@ import zmq
 
 from distgd.errors import RunFailed
 from distgd.transport import Envelope, InMemoryNetwork, ZmqEndpoint
+from distgd.transport.zeromq import PIECE
 from distgd.wire import Codec, MalformedMessage
 
 DEADLINE = 20.0  # seconds until a test gives up; nothing waits for it to pass
@@ -432,6 +433,17 @@ def test_an_unknown_kind_from_a_known_peer_is_an_error_and_the_next_message_is_r
     with pytest.raises(MalformedMessage, match="another version"):
         arrived(1, server, worker)
     assert arrived(1, server, worker) == [(0, WORKER, Note(2))]
+
+
+def test_a_large_array_travels_in_pieces(open_endpoint: Open) -> None:
+    """Both ways, and the pieces stay within the limit that the array exceeds."""
+    server, worker = open_endpoint(SERVER, ("ipc",), max_bytes=PIECE), open_endpoint(WORKER, max_bytes=PIECE)
+    values = np.arange(3 * PIECE // 8 + 1, dtype=np.float64)
+    worker.connect(SERVER, server.addresses[0])
+    worker.send(SERVER, Note(1, values))
+    server.send(WORKER, Note(2, values))
+    for _, _, note in arrived(2, server, worker):
+        assert np.array_equal(note.values, values)
 
 
 def test_an_array_above_the_limit_is_refused_at_its_sender(open_endpoint: Open) -> None:

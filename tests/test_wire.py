@@ -102,6 +102,14 @@ def test_an_array_in_any_order_of_memory_keeps_its_values() -> None:
     assert np.array_equal(CODEC.decode(CODEC.encode(Note(1, values))).values, values)
 
 
+@given(st.integers(1, 40), st.integers(1, 60))
+def test_an_array_may_come_in_several_frames(elements: int, piece: int) -> None:
+    values = np.arange(float(elements))
+    header, raw = CODEC.encode(Note(1, values))
+    pieces = [bytes(raw[start : start + piece]) for start in range(0, len(raw), piece)]
+    assert np.array_equal(CODEC.decode([header, *pieces]).values, values)
+
+
 def head(number: int = 1, values: bytes = b"", kind: type = Note, codec: Codec = CODEC) -> bytes:
     """A header whose array is described by `values`."""
     blank = bytes(codec.encode(Note(number) if kind is Note else Foreign(number))[0])
@@ -124,6 +132,9 @@ def head(number: int = 1, values: bytes = b"", kind: type = Note, codec: Codec =
         [head(), b"1234"],  # an array where none is named
         [head(values=b"<f4 2")],  # no array
         [head(values=b"<f4 2"), b"1234"],  # too short
+        [head(values=b"<f4 2"), b"12", b"34", b"56"],
+        [head(values=b"<f4 2"), b"123456", b"789"],  # frames that do not end with the array
+        [head(values=b"<f4 999999999999"), b"12", b"34"],
         [head(values=b"<f4 1"), b"1234", b"1234"],  # one too many
         [head(values=b"<f4 -1"), b"1234"],
         [head(values=b"<f4 -1 -1"), b"1234"],

@@ -27,6 +27,7 @@ from distgd.wire import Codec
 log = logging.getLogger("distgd.transport")
 
 LINGER = 1.0  # seconds that what was sent last may take to prove itself, and again to leave, at close
+PIECE = 4 << 20  # bytes of a frame: a larger array is sent in several, as one takes long to find memory for
 BURST = 64  # messages taken from one socket before the clock is looked at, so that no flood outlasts a deadline
 TICKET = 16  # bytes
 HELLO, CHALLENGE, PROOF, DATA, UNKNOWN = b"H", b"C", b"P", b"D", b"?"
@@ -128,7 +129,7 @@ class ZmqEndpoint:
         Raises:
             RunFailed: part of it is larger than `max_bytes`; the receiver would cut the connection.
         """
-        frames = self._codec.encode(message)
+        frames = [piece for frame in self._codec.encode(message) for piece in _pieces(frame)]
         if (found := max(map(len, frames))) > self._max_bytes:
             kind = type(message).__name__
             raise RunFailed(f"{kind} to {to}: expected at most {self._max_bytes} bytes in a piece, found {found}")
@@ -285,6 +286,12 @@ class ZmqEndpoint:
         if why not in self._warned and len(self._warned) < 100:
             self._warned.add(why)
             log.warning("refused: %s", why)
+
+
+def _pieces(frame: Any) -> list[Any]:
+    if len(frame) <= PIECE:
+        return [frame]
+    return [frame[start : start + PIECE] for start in range(0, len(frame), PIECE)]
 
 
 def _tag(frames: list[Any]) -> bytes:
