@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, get_args
@@ -417,3 +419,18 @@ def test_a_clipped_norm_is_the_limit_and_others_are_left(norm: float, limit: flo
 
 def test_clipping_never_hides_a_nan() -> None:
     assert math.isnan(clip_scale(math.nan, 1.0))
+
+
+def test_no_optimizer_loads_torchs_compiler() -> None:
+    """It takes a second and 70 MB of each process. In a process of its own, as other tests may have loaded it."""
+    program = """
+import sys, torch
+from distgd.optim import PieceOptimizer
+from distgd.optim.optimizers import ELEMENTWISE, OptimizerSpec, resolve_optimizer
+from distgd.config.sections import Optimizer
+for name in ELEMENTWISE:
+    resolve_optimizer(Optimizer(name=name, lr=0.1))
+    PieceOptimizer(OptimizerSpec(name, {"lr": 0.1}), [("a", torch.zeros(64))]).step([torch.ones(64)])
+    assert "torch._dynamo" not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -338,7 +339,7 @@ def _check_values(name: str, where: str, arguments: Mapping[str, Any], inherited
 
 def _complaint(name: str, arguments: Mapping[str, Any]) -> str | None:
     try:
-        getattr(torch.optim, name)([torch.zeros(1)], **arguments)
+        _class(name)([torch.zeros(1)], **arguments)
     except (ValueError, TypeError) as refused:
         return str(refused)
     return None
@@ -356,19 +357,25 @@ def _build(spec: OptimizerSpec, cuts: Mapping[str, Sequence[Tensor]]) -> torch.o
         members.setdefault(spec.group_of(name), []).extend(parts)
     own = [*(arguments for _, arguments in spec.groups), {}]
     groups = [{**own[place], "params": tensors} for place, tensors in members.items()]
-    build: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, spec.name)
+    build: Callable[..., torch.optim.Optimizer] = _class(spec.name)
     some = next(iter(cuts.values()))[0]
     fused = {"fused": True} if "fused" in _defaults(spec.name) and _fused_runs(build, some) else {}
     return build(groups, **{**fused, **spec.arguments})
 
 
-def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any]:
-    """The optimizer's own step without the label and the hooks that torch puts around it.
+@cache
+def _class(name: str) -> type[torch.optim.Optimizer]:
+    """`torch.optim`'s class, whose making does not load torch's compiler: a second and 70 MB for each process."""
+    known: type[torch.optim.Optimizer] = getattr(torch.optim, name)
+    return type(name, (known,), {"add_param_group": inspect.unwrap(known.add_param_group)})
 
-    Nobody profiles or hooks a shard's optimizer, and they take as long as stepping ten thousand numbers.
+
+def _plain_step(optimizer: torch.optim.Optimizer) -> Callable[[torch.optim.Optimizer], Any]:
+    """The optimizer's own step without what torch puts around it: a label, hooks, and the compiler's marks.
+
+    Nobody profiles, hooks or compiles a shard's optimizer, and these take as long as stepping ten thousand numbers.
     """
-    step: Callable[[torch.optim.Optimizer], Any] = type(optimizer).step
-    plain: Callable[[torch.optim.Optimizer], Any] = getattr(step, "__wrapped__", step)
+    plain: Callable[[torch.optim.Optimizer], Any] = torch.no_grad()(inspect.unwrap(type(optimizer).step))
     return plain
 
 
@@ -377,7 +384,8 @@ def _fused_runs(build: Callable[..., torch.optim.Optimizer], like: Tensor) -> bo
     parameter = torch.zeros_like(like[:1])
     parameter.grad = torch.zeros_like(parameter)
     try:
-        build([parameter], fused=True).step()
+        trial = build([parameter], fused=True)
+        _plain_step(trial)(trial)
     except RuntimeError:
         return False
     return True
