@@ -43,7 +43,8 @@ class GradientTaker:
         self._small = {name: p for name, p in self._parameters.items() if name not in large}
         self._places: dict[int, _Places] = {}  # by the address of the flat vector, of which there are few
         self._out: _Places | None = None
-        self._scale = 1.0
+        self._scale, self._factor_is = 1.0, 1.0
+        self._factor_tensor = torch.ones((), dtype=layout.torch_dtype)
         self._squares: dict[str, float] = {}
         with torch.enable_grad():
             self._nodes = {name: torch.autograd.graph.get_gradient_edge(p).node for name, p in large.items()}
@@ -94,7 +95,7 @@ class GradientTaker:
         return (None,)  # nothing is left to accumulate
 
     def _take_small(self, places: _Places) -> float:
-        square, scale = 0.0, self._scale
+        square, scale = 0.0, self._factor()
         for parameter, place, flat in places.small:
             grad = parameter.grad
             if grad is None:
@@ -107,6 +108,13 @@ class GradientTaker:
                 place.copy_(grad).mul_(scale)
             square += squared(flat)
         return square
+
+    def _factor(self) -> Tensor:
+        """The scale as a tensor, which torch takes in half the time of a number; the same one at most steps."""
+        if self._scale != self._factor_is:
+            self._factor_is = self._scale
+            self._factor_tensor = torch.tensor(self._scale, dtype=self._layout.torch_dtype)
+        return self._factor_tensor
 
     @staticmethod
     def _meddled(name: str) -> BadInput:

@@ -290,7 +290,8 @@ class NodeEndpoint:
                 os.close(descriptor)
 
     def _frames(self, link: _Link, data: bytes, descriptors: list[int]) -> list[Any]:
-        count, place, frames = data[1], _COUNT.size, []
+        count, place = data[1], _COUNT.size
+        frames: list[Any] = []
         at = place + count * _FRAME.size
         for _ in range(count):
             how, size, number, offset = _FRAME.unpack_from(data, place)
