@@ -80,7 +80,8 @@ class GradientTaker:
         self._small = {name: p for name, p in self._parameters.items() if name not in large}
         self._places: dict[int, _Places] = {}  # by the address of the flat vector, of which there are few
         self._out: _Places | None = None
-        self._scale = 1.0
+        self._scale, self._factor_is = 1.0, 1.0
+        self._factor_tensor = torch.ones((), dtype=layout.torch_dtype)
         self._squares: dict[str, float] = {}
         self._waiting: _Waiting | None = None
         self._again: bool | None = None  # whether autograd finishes a gradient twice; None before the first time
@@ -146,7 +147,7 @@ class GradientTaker:
 
     def _take_small(self, places: _Places) -> None:
         """Move the small ones that are there."""
-        scale, squares = self._scale, self._squares
+        scale, squares = self._factor(), self._squares
         for name, parameter, place in places.small:
             grad = parameter.grad
             if grad is None:
@@ -168,6 +169,13 @@ class GradientTaker:
             do = "pass use_reentrant=False to torch.utils.checkpoint, or keep its graph the same from the first step on"
             expected = "a backward pass that finishes each gradient once, as the first one did"
             raise BadInput.described("task.loss", expected, f"{name} finished twice", do)
+
+    def _factor(self) -> Tensor:
+        """The scale as a tensor, which torch takes in half the time of a number; the same one at most steps."""
+        if self._scale != self._factor_is:
+            self._factor_is = self._scale
+            self._factor_tensor = torch.tensor(self._scale, dtype=self._layout.torch_dtype)
+        return self._factor_tensor
 
     @staticmethod
     def _meddled(name: str) -> BadInput:
