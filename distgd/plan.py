@@ -74,8 +74,9 @@ class Plan:
     @property
     def bits(self) -> str:
         """Whether the weights are a pure function of config, seed and data on one kind of CPU."""
-        whole = self.staged and self.quorum == self.order.slots
-        return "promised" if whole and self.config.cluster.compute_device == "cpu" else "not promised"
+        whole, cluster = self.staged and self.quorum == self.order.slots, self.config.cluster
+        on_cpu = cluster.compute_device == cluster.server_device == "cpu"
+        return "promised" if whole and on_cpu else "not promised"
 
     @property
     def model_name(self) -> str:
@@ -161,6 +162,7 @@ class Plan:
                 self.quorum,
                 consistency.staleness,
                 self.order,
+                config.cluster.server_device,
             )
         for incarnation in cast.workers:
             specs[incarnation] = WorkerSpec(

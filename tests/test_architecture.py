@@ -27,13 +27,13 @@ import distgd
 FLOORS = {
     room: floor
     for floor, rooms in enumerate(
-        (
-            "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",  # pure
-            "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
-            "server worker evaluator driver assignment evaluations gradients replica tally",  # actors, as plain classes
-            "cluster inprocess resources",  # the engine
-            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
+        (  # words, pure, doors, actors as plain classes, the engine, the story
+            "errors config events",
+            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",
+            "memory wire transport device tasks sources table checkpoint records tracking progress report weights",
+            "server worker evaluator driver assignment evaluations gradients replica mirror tally",
+            "cluster inprocess resources",
+            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",
         )
     )
     for room in rooms.split()
