@@ -190,7 +190,7 @@ class Cluster(Section):
             do = "set cluster.server_device=cuda, or remove it"
             refuse("cluster.server_gpus", "0 with cluster.server_device=cpu", self.server_gpus, do)
         if self.server_device == "cuda" and not self.server_gpus and self.backend == "ray":
-            do = "set it, such as cluster.server_gpus=0.25: Ray hides the GPUs from whoever asks for none"
+            do = "set it, such as cluster.server_gpus=0.25, as Ray hides the GPUs from whoever asks for none"
             refuse("cluster.server_gpus", "more than 0 with cluster.server_device=cuda", self.server_gpus, do)
         return self
 
