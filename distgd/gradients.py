@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -127,14 +127,20 @@ class _FromCard:
     """
 
     def __init__(self, layout: Layout, card: Card, large: Collection[str]) -> None:
-        self._card = card
-        self._flat = layout.zeros().to(card.device, copy=True)
-        self._places = _places(layout, self._flat)
+        self._card, self._layout = card, layout
         ends = [entry.start for entry in layout.entries[1:]] + [layout.size]  # each with the zeros behind it
         spans = {entry.name: slice(entry.start, end) for entry, end in zip(layout.entries, ends, strict=True)}
         self._large = {name: span for name, span in spans.items() if name in large}
         self._rest = _joined(span for name, span in spans.items() if name not in large)
-        self._out = self._flat
+        self._out = torch.empty(0)
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        return self._layout.zeros().to(self._card.device, copy=True)  # an evaluator has no need of it
+
+    @cached_property
+    def _places(self) -> dict[str, Tensor]:
+        return _places(self._layout, self._flat)
 
     def begin(self, out: Tensor) -> None:
         self._card.pins.pin(out.data_ptr(), out)

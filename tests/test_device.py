@@ -26,10 +26,11 @@ from distgd.layout import Layout, tensor_of
 from distgd.mirror import MirroredOptimizer
 from distgd.optim import OptimizerSpec, PieceOptimizer
 from distgd.optim.optimizers import ELEMENTWISE
+from distgd.prepare import prepare
 from distgd.replica import Replica
 from distgd.sources import Order
 from distgd.transport.segments import PAGE, SUPPORTED, Segment
-from tests.simulate import OddTask, simulate
+from tests.simulate import OddTask, config, simulate
 
 ORDER = Order(samples=64, batch=16, slots=2, seed=5)
 CPU = torch.device("cpu")
@@ -376,6 +377,17 @@ def test_a_whole_run_on_cards_has_the_bits_of_one_without(
     monkeypatch.setattr(server, "CARD_BLOCK", 512)
     assert simulate(OddTask(106), **how).sha256 == expected.sha256
     assert len(made) == 1 + 3 + 2 and all(copies.log for copies in made[1:])
+
+
+def test_what_lies_on_a_card_is_not_counted_in_the_hosts_memory() -> None:
+    def plan(**cluster: Any) -> dict[str, Any]:
+        how = {"batch": {"size": 32, "slots": 4}, "optimizer": {"name": "adam"}, "stop": {"steps": 2}}
+        return prepare(config(OddTask(106), cluster={"backend": "ray", **cluster}, **how), OddTask(106)).as_dict()
+
+    plain, card = plan(), plan(server_device="cuda", server_gpus=0.5)
+    weights = plain["bytes_pulled_per_step"] // plain["workers"]
+    assert plain["bytes_shard"] - card["bytes_shard"] == 2 * weights, "Adam's two vectors"
+    assert (plain["bytes_shard_card"], card["bytes_shard_card"]) == (0, 3 * weights)
 
 
 # On a GPU.
