@@ -45,11 +45,14 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 
 class Actor(Protocol):
-    """A process's state machine. `perform` does what takes time; its answer, with its `seconds`, goes to `handle`."""
+    """A process's state machine. `perform` does what takes time; its answer, with its `seconds`, goes to `handle`.
+
+    `emit` performs an effect meanwhile.
+    """
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]: ...
 
-    def perform(self, work: Any) -> Any: ...
+    def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any: ...
 
 
 class Spec(Protocol):
@@ -69,6 +72,8 @@ class Cluster(Protocol):
 
     def spawn(self, specs: Mapping[int, Spec]) -> None: ...
 
+    def nodes(self) -> tuple[tuple[int, ...], ...]: ...
+
     def send(self, to: int, message: Any) -> None: ...
 
     def receive(self, timeout: float) -> tuple[int, Any] | None: ...
@@ -80,10 +85,11 @@ class Process:
     """The event loop of one process: an endpoint, and a state machine once `run` is called."""
 
     def __init__(
-        self, me: int, role: str, secret: bytes, listen: bool, alone: bool, max_bytes: int, path: Sequence[str]
+        self, me: int, role: str, secret: bytes, listen: str, alone: bool, max_bytes: int, path: Sequence[str]
     ) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
         self._me = me
+        self._work: deque[Any] = deque()  # what is to be computed, in order
         self._endpoint = _endpoint(me, role, secret, max_bytes, listen=listen, alone=alone)
 
     def whereabouts(self) -> Place:
@@ -107,28 +113,33 @@ class Process:
             self._endpoint.close()
 
     def _loop(self, actor: Actor) -> str:
-        work: deque[Any] = deque()
         while True:
-            arrived = self._endpoint.receive(0.0 if work else 1.0)
+            arrived = self._endpoint.receive(0.0 if self._work else 1.0)
             if arrived is not None:
                 effects = actor.handle(*arrived)
-            elif work:
+            elif self._work:
                 began = time.monotonic()
-                done = actor.perform(work.popleft())
+                done = actor.perform(self._work.popleft(), self._do)
                 effects = actor.handle(self._me, replace(done, seconds=time.monotonic() - began))
             else:
                 continue
             for effect in effects:
-                match effect:
-                    case ev.Send(to, message):
-                        self._endpoint.send(to, message)
-                    case ev.Compute(wanted):
-                        work.append(wanted)
-                    case ev.End(why):
-                        return why
+                if isinstance(effect, ev.End):
+                    return effect.why
+                self._do(effect)
+
+    def _do(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.Send(to, message):
+                self._endpoint.send(to, message)
+            case ev.Compute(wanted):
+                self._work.append(wanted)
+            case ev.Update(effects):
+                for each in effects:
+                    self._do(each)
 
 
-def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: bool, alone: bool) -> MixedEndpoint:
+def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: str, alone: bool) -> MixedEndpoint:
     """This process's endpoint; `alone` says that the run has one machine."""
     host = None if alone else _node_address()
     return MixedEndpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
@@ -172,6 +183,7 @@ class RayCluster:
         self._secret = secrets.token_bytes(32)
         self._running: dict[Any, int] = {}  # the call that is a process's life -> incarnation
         self._actors: dict[int, Any] = {}
+        self._places: dict[int, Place] = {}
         self._gone: deque[tuple[int, Any]] = deque()
         self._looked = 0.0
         self._joined = False
@@ -192,7 +204,7 @@ class RayCluster:
         self._check_gpus(specs)
         self._check_trial(specs)
         alone = len(_nodes()) == 1
-        self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen=True, alone=alone)
+        self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen="all", alone=alone)
         for incarnation, spec in specs.items():
             self._actors[incarnation] = self._actor(incarnation, spec, alone=alone)
         asked = {actor.whereabouts.remote(): incarnation for incarnation, actor in self._actors.items()}
@@ -200,6 +212,7 @@ class RayCluster:
         if late:
             raise self._not_placed([specs[asked[ref]].role for ref in late], self.now() - began)
         places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: Place(_node_id(), self._endpoint.addresses)}
+        self._places = places
         self._endpoint.meet(_node_id(), {i: Place(place.node, ()) for i, place in places.items()})
         for incarnation, spec in specs.items():
             try:
@@ -209,6 +222,14 @@ class RayCluster:
                 found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
                 raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
             self._running[life] = incarnation
+
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """The incarnations on each machine, the driver's left out."""
+        by_node: dict[str, list[int]] = {}
+        for incarnation, place in sorted(self._places.items()):
+            if incarnation != ev.DRIVER:
+                by_node.setdefault(place.node, []).append(incarnation)
+        return tuple(map(tuple, by_node.values()))
 
     def connect(self, cpus: float) -> None:
         """Join the cluster at the address, or start a private one with so many CPUs; `close` ends that."""
@@ -306,7 +327,7 @@ class RayCluster:
 
         resources = self._resources[spec.role]
         path = [os.path.abspath(folder) for folder in sys.path]  # what imports here imports there
-        listens = spec.role == "server"  # everybody else dials
+        listens = "all" if spec.role == "server" else "near" if spec.role == "worker" and not alone else ""
         remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0)
         named = type(spec.role.capitalize(), (Process,), {})  # so that `ps` and Ray's pages tell who is who
         return remote(named).remote(incarnation, spec.role, self._secret, listens, alone, self._max_bytes, path)

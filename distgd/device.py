@@ -31,19 +31,19 @@ PORTABLE, READ_ONLY = 1, 8  # cudaHostRegisterPortable: for every context; cudaH
 class Copies(Protocol):
     """Copies that run in the order in which they are begun, beside what the device computes."""
 
-    def begin(self, into: Tensor, value: Tensor, *, blocking: bool = False) -> None:
+    def begin(self, into: Tensor, value: Tensor, *, blocking: bool = False) -> Callable[[], None]:
         """Copy when all that the device has been asked for until now is done.
 
         Args:
-            blocking: return when `value` has been read; else it must neither go away nor change before `wait` or
-                whatever waits for the device after `join`.
+            blocking: return when `value` has been read; else it must neither go away nor change before the copy is
+                made.
+
+        Returns:
+            What returns when this copy is made.
         """
 
     def join(self) -> None:
         """Let all that the device is asked for from now on come after the copies begun until now."""
-
-    def wait(self) -> None:
-        """Return when all copies are done."""
 
 
 class StreamCopies:
@@ -53,16 +53,15 @@ class StreamCopies:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def begin(self, into: Tensor, value: Tensor, *, blocking: bool = False) -> None:
+    def begin(self, into: Tensor, value: Tensor, *, blocking: bool = False) -> Callable[[], None]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             into.copy_(value, non_blocking=not blocking)
+        done: Callable[[], None] = self._stream.record_event().synchronize
+        return done
 
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-    def wait(self) -> None:
-        self._stream.synchronize()
 
 
 class Pins:

@@ -58,8 +58,9 @@ Effect = ev.Send | Log | Account | Keep | Finish
 class Driver:
     """The state machine; the trainer performs its effects."""
 
-    def __init__(self, cast: Cast, assignment: Assignment, now: float) -> None:
+    def __init__(self, cast: Cast, assignment: Assignment, now: float, nodes: tuple[tuple[int, ...], ...] = ()) -> None:
         self.cast = cast
+        self._nodes = nodes if len(nodes) > 1 else ()
         self.assignment = assignment
         self.tally = Tally(assignment.optimizer, assignment.schedule, now)
         self.final: dict[int, ev.SnapshotSent] = {}  # the last version, by shard
@@ -120,9 +121,11 @@ class Driver:
 
     def _announce(self) -> list[Effect]:
         self._generation += 1
-        table = assign(self.assignment.order.slots, self._workers) if self.assignment.staged else ()
+        nodes = tuple(tuple(i for i in node if i in self._live and i != self.cast.evaluator) for node in self._nodes)
+        beside = [i for node in nodes for i in node if i in self._workers] or self._workers
+        table = assign(self.assignment.order.slots, beside) if self.assignment.staged else ()
         live = frozenset(self._live)
-        event = ev.MembershipChanged(self.cast.timeline, self._generation, live, self._newest, table)
+        event = ev.MembershipChanged(self.cast.timeline, self._generation, live, self._newest, table, nodes)
         return [ev.Send(to, event) for to in sorted(self._live - {ev.DRIVER})]
 
     def _lost(self, lost: ev.ProcessLost, now: float) -> list[Effect]:

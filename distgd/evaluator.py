@@ -96,7 +96,7 @@ class Evaluator:
             case _:
                 return []
 
-    def perform(self, work: dict[int, ev.SnapshotSent]) -> Scored:
+    def perform(self, work: dict[int, ev.SnapshotSent], emit: Callable[[ev.Effect], None]) -> Scored:
         """Install the snapshot and pass over the whole set."""
         weights = {shard: sent.weights for shard, sent in work.items()}
         self._replica.install(self.spec.slices, weights, work[0].buffers)

@@ -11,7 +11,8 @@ Ranges of slots are `first` inclusive, `stop` exclusive.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ class MembershipChanged:
     """Who lives, and who computes what. The highest `number` wins; an older one is ignored.
 
     `live` holds every live incarnation and `newest` the highest ever started. `table[k]` is the incarnation that
-    computes slot k (sync only, else empty).
+    computes slot k (sync only, else empty). `nodes` are the live shards and workers by machine, empty where there is
+    one machine.
     """
 
     timeline: int
@@ -51,6 +53,11 @@ class MembershipChanged:
     live: frozenset[int]
     newest: int
     table: tuple[int, ...]
+    nodes: tuple[tuple[int, ...], ...] = ()
+
+    def beside(self, incarnation: int) -> frozenset[int]:
+        """Who is on the machine of `incarnation`, itself among them; all that live where there is one machine."""
+        return next((frozenset(node) for node in self.nodes if incarnation in node), self.live)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +114,7 @@ class ProcessLost:
 class PullRequested:
     """Send a version of at least `at_least`; a `lease` (bounded, async) opens a read for (step, slot).
 
-    `buffers` is the version of the model's buffers that the reader holds already.
+    `buffers` is the version of the model's buffers that the reader holds already, `holds` that of the weights.
     """
 
     timeline: int
@@ -116,19 +123,39 @@ class PullRequested:
     lease: int = -1
     step: int = -1
     slot: int = -1
+    holds: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsSent:
-    """One shard's weights at `version`. `buffers` come from shard 0 alone, and only where the reader's are older."""
+    """One shard's weights at `version`. `buffers` come from shard 0 alone, and only where the reader's are older.
+
+    `weights` are None where they came before, in so many `parts`.
+    """
 
     timeline: int
     shard: int
     version: int
     lease: int
     buffers_version: int
-    weights: np.ndarray[Any, Any]
+    weights: np.ndarray[Any, Any] | None
     buffers: np.ndarray[Any, Any] | None
+    parts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPart:
+    """Elements of a shard's weights at `version`, from its element `start` on; a `WeightsSent` follows the last part.
+
+    `delta` says that they are to be added to those of the version before.
+    """
+
+    timeline: int
+    shard: int
+    version: int
+    start: int
+    weights: np.ndarray[Any, Any]
+    delta: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +163,12 @@ class GradientArrived:
     """One shard's slice of the sum of S_k over slots [first, stop), S_k = w_k times the mean gradient of slot k.
 
     `version` is the version read from this shard. `gradient` is None where every slot of the range is empty. `bad` are
-    the slots whose loss or gradient is not finite. `stats`, `times` (seconds by phase) and `buffers` go to shard 0.
-    `reads`, where it is not negative, also asks for the version that this step makes, as `PullRequested.buffers` would.
+    the slots whose loss or gradient is not finite. `stats`, `times` (a worker's seconds by phase) and `buffers` go to
+    shard 0. `reads`, where it is not negative, also asks for the version that this step makes, as
+    `PullRequested.buffers` would. `gradient` is None, too, where it came before, in so many `parts`.
+
+    What goes to the worker that adds for its machine is for all shards of other machines: `gradient` is then the whole
+    flat vector.
     """
 
     timeline: int
@@ -152,8 +183,26 @@ class GradientArrived:
     gradient: np.ndarray[Any, Any] | None
     buffers: np.ndarray[Any, Any] | None
     stats: tuple[SlotStats, ...] = ()
-    times: dict[str, float] = field(default_factory=dict)
+    times: dict[int, dict[str, float]] = field(default_factory=dict)
     reads: int = -1
+    parts: int = 0
+
+    def without_facts(self) -> GradientArrived:
+        """Without what only shard 0 records."""
+        return replace(self, buffers=None, stats=(), times={})
+
+
+@dataclass(frozen=True, slots=True)
+class GradientPart:
+    """Elements of what a `GradientArrived` will close, from the shard's element `start` on."""
+
+    timeline: int
+    step: int
+    attempt: int
+    first: int
+    stop: int
+    start: int
+    gradient: np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +416,9 @@ MESSAGES: tuple[type, ...] = (
     ProcessFailed,
     PullRequested,
     WeightsSent,
+    WeightsPart,
     GradientArrived,
+    GradientPart,
     PushAnswered,
     Fenced,
     ShardFilled,
@@ -414,4 +465,11 @@ class End:
     why: str
 
 
-Effect = Send | Compute | End
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Perform these effects one by one, before anything else is handled: what they send is made as they are taken."""
+
+    effects: Iterator[Effect]
+
+
+Effect = Send | Compute | End | Update

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +21,41 @@ LARGE = 1 << 16
 """Elements of a gradient that is worth a call of its own while autograd goes on."""
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who wants to know when a range of the flat vector holds its final values, while autograd goes on.
+
+    Args:
+        ranges: first and one-past-last element of each.
+        final: told the number of a range.
+    """
+
+    ranges: Sequence[tuple[int, int]]
+    final: Callable[[int], None]
+
+
+class _Waiting:
+    """Which ranges still wait for which parameters."""
+
+    def __init__(self, layout: Layout, watch: Watch) -> None:
+        self._final = watch.final
+        self._left: list[set[str]] = [set() for _ in watch.ranges]
+        self._in: dict[str, list[int]] = {}
+        starts = [entry.start for entry in layout.entries]
+        for number, (first, stop) in enumerate(watch.ranges):
+            for entry in layout.entries[max(0, bisect_right(starts, first) - 1) : bisect_left(starts, stop)]:
+                if entry.start + entry.size > first:
+                    self._left[number].add(entry.name)
+                    self._in.setdefault(entry.name, []).append(number)
+
+    def took(self, name: str) -> None:
+        """A parameter's gradient is at its place."""
+        for number in self._in.pop(name, ()):
+            self._left[number].discard(name)
+            if not self._left[number]:
+                self._final(number)
+
+
 class GradientTaker:
     """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
 
@@ -32,36 +69,48 @@ class GradientTaker:
     """
 
     def __init__(self, layout: Layout, model: nn.Module, card: Card | None = None) -> None:
+        self._layout = layout
         self._parameters = trainable(model)
         large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
         self._small = {name: p for name, p in self._parameters.items() if name not in large}
         self._way: _InPlace | _FromCard = _InPlace(layout) if card is None else _FromCard(layout, card, large)
         self._scale: float | None = None  # None while there is no backward pass
         self._squares: dict[str, float] = {}
+        self._waiting: _Waiting | None = None
+        self._again: bool | None = None  # whether autograd finishes a gradient twice; None before the first time
         with torch.enable_grad():
             self._nodes = {name: torch.autograd.graph.get_gradient_edge(p).node for name, p in large.items()}
         self._hooks = [node.register_prehook(partial(self._take, name)) for name, node in self._nodes.items()]
 
-    def backward(self, loss: Tensor, out: Tensor, scale: float) -> float:
+    def backward(self, loss: Tensor, out: Tensor, scale: float, watch: Watch | None = None) -> float:
         """Write `scale` times the gradient of `loss` to `out` (flat, CPU); return the square of the result's norm.
 
-        A parameter that the loss does not use has a zero gradient. `out` is one of few vectors, used again and again.
+        A parameter that the loss does not use has a zero gradient. The first time nobody is told of ranges, as it shows
+        whether autograd finishes gradients once; ranges that nobody was told of are final at the end. Of a card's
+        ranges `watch` is told at the end, one after the other as they arrive.
+
+        Args:
+            out: one of few vectors, which are used again and again.
 
         Raises:
             BadInput: the loss has set gradients itself.
         """
         if set_already := next((name for name, p in self._parameters.items() if p.grad is not None), None):
             raise self._meddled(set_already)
+        waiting = None if watch is None else _Waiting(self._layout, watch)
         self._way.begin(out)
         self._scale, self._squares = scale, {}
+        self._waiting = waiting if self._way.at_once and self._again is False else None
+        self._again = self._again or False
         try:
             _differentiate(loss)
-            square = self._take_small(scale)
-            for name in self._parameters.keys() - self._squares.keys() - self._small.keys():
+            self._take_small(scale)
+            for name in self._parameters.keys() - self._squares.keys():
                 self._way.zero(name)
         finally:
-            self._scale = None
-        return self._way.end(square + sum(self._squares[name] for name in self._parameters if name in self._squares))
+            self._scale = self._waiting = None
+        square = sum(self._squares[name] for name in self._parameters if name in self._squares)
+        return self._way.end(square, _nobody if waiting is None else waiting.took)
 
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
@@ -71,19 +120,34 @@ class GradientTaker:
     def _take(self, name: str, grads: tuple[Tensor, ...]) -> Any:
         if self._scale is None or self._parameters[name].grad is not None:
             raise self._meddled(name)
-        move = self._way.add if name in self._squares else self._way.put
-        self._squares[name] = move(name, grads[0].reshape(-1), self._scale)
+        if name in self._squares:
+            self._finished_twice(name)
+            self._squares[name] = self._way.add(name, grads[0].reshape(-1), self._scale)
+        else:
+            self._squares[name] = self._way.put(name, grads[0].reshape(-1), self._scale)
+        if self._waiting is not None:
+            self._waiting.took(name)
+            self._take_small(self._scale)
         return (None,)  # nothing is left to accumulate
 
-    def _take_small(self, scale: float) -> float:
-        square = 0.0
+    def _take_small(self, scale: float) -> None:
+        """Move the small ones that are there."""
         for name, parameter in self._small.items():
             grad, parameter.grad = parameter.grad, None
             if grad is None:
-                self._way.zero(name)
-            else:
-                square += self._way.put(name, grad.reshape(-1), scale)
-        return square
+                continue
+            if name in self._squares:
+                self._finished_twice(name)
+            self._squares[name] = self._way.put(name, grad.reshape(-1), scale)
+            if self._waiting is not None:
+                self._waiting.took(name)
+
+    def _finished_twice(self, name: str) -> None:
+        self._again = True
+        if self._waiting is not None:  # part of it may have been sent
+            do = "pass use_reentrant=False to torch.utils.checkpoint, or keep its graph the same from the first step on"
+            expected = "a backward pass that finishes each gradient once, as the first one did"
+            raise BadInput.described("task.loss", expected, f"{name} finished twice", do)
 
     @staticmethod
     def _meddled(name: str) -> BadInput:
@@ -94,6 +158,8 @@ class GradientTaker:
 
 class _InPlace:
     """The way of what the CPU computes: straight into its place. What is put or added gives the square of its norm."""
+
+    at_once = True  # what is put is there
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -115,7 +181,7 @@ class _InPlace:
     def zero(self, name: str) -> None:
         self._places[name].zero_()
 
-    def end(self, square: float) -> float:
+    def end(self, square: float, told: Callable[[str], None]) -> float:
         return square
 
 
@@ -126,12 +192,15 @@ class _FromCard:
     computed on the card, and read when everything has been copied; until then squares are 0.
     """
 
+    at_once = False
+
     def __init__(self, layout: Layout, card: Card, large: Collection[str]) -> None:
         self._card, self._layout = card, layout
         ends = [entry.start for entry in layout.entries[1:]] + [layout.size]  # each with the zeros behind it
         spans = {entry.name: slice(entry.start, end) for entry, end in zip(layout.entries, ends, strict=True)}
         self._large = {name: span for name, span in spans.items() if name in large}
-        self._rest = _joined(span for name, span in spans.items() if name not in large)
+        self._rest = {name: span for name, span in spans.items() if name not in large}
+        self._leaving: dict[str, Callable[[], None]] = {}  # large ones in the order of their last copies
         self._out = torch.empty(0)
 
     @cached_property
@@ -145,6 +214,7 @@ class _FromCard:
     def begin(self, out: Tensor) -> None:
         self._card.pins.pin(out.data_ptr(), out)
         self._out = out
+        self._leaving.clear()
 
     def put(self, name: str, grad: Tensor, scale: float) -> float:
         torch.mul(grad, scale, out=self._places[name])
@@ -158,18 +228,31 @@ class _FromCard:
         self._places[name].zero_()
         self._leave(name)
 
-    def end(self, square: float) -> float:
-        for span in self._rest:
-            self._card.copies.begin(self._out[span], self._flat[span])
+    def end(self, square: float, told: Callable[[str], None]) -> float:
+        """Return when everything is in host memory; `told` of each tensor as soon as it is there."""
+        rest = [self._copied(span) for span in _joined(self._rest.values())]
         norm = torch.linalg.vector_norm(self._flat, dtype=torch.float64)
-        self._card.copies.wait()
+        for name, done in self._leaving.items():
+            done()
+            told(name)
+        for done in rest:
+            done()
+        for name in self._rest:
+            told(name)
         return square + float(norm.square())
 
     def _leave(self, name: str) -> float:
         if name in self._large:
-            span = self._large[name]
-            self._card.copies.begin(self._out[span], self._flat[span])
+            self._leaving.pop(name, None)
+            self._leaving[name] = self._copied(self._large[name])
         return 0.0
+
+    def _copied(self, span: slice) -> Callable[[], None]:
+        return self._card.copies.begin(self._out[span], self._flat[span])
+
+
+def _nobody(name: str) -> None:
+    """Is told."""
 
 
 def _places(layout: Layout, flat: Tensor) -> dict[str, Tensor]:

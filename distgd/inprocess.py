@@ -13,7 +13,7 @@ import heapq
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,6 +43,7 @@ class InProcessCluster:
         seed: of the delays; the same seed gives the same run, event by event.
         pace: virtual seconds per slot, by incarnation.
         lose: when an incarnation dies, in virtual seconds.
+        machines: how many there are to be; processes are spread over them in turn, each role by itself.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class InProcessCluster:
         seed: int = 0,
         pace: Callable[[int], float] = lambda incarnation: SLOT_SECONDS,
         lose: Mapping[int, float] | None = None,
+        machines: int = 1,
     ) -> None:
         self._random = random.Random(seed)
         self._pace = pace
+        self._machines: list[list[int]] = [[] for _ in range(machines)]
         self._now = 0.0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -71,11 +74,18 @@ class InProcessCluster:
 
     def spawn(self, specs: Mapping[int, Spec]) -> None:
         """Build processes by incarnation; each reports that it is ready."""
+        turns: dict[str, int] = {}
         for incarnation, spec in specs.items():
+            turns[spec.role] = turns.get(spec.role, -1) + 1
+            self._machines[turns[spec.role] % len(self._machines)].append(incarnation)
             self._endpoints[incarnation] = self._network.endpoint(incarnation)
             self._processes[incarnation] = _Process(spec.build(self.now, np.zeros))
             ready = ev.ProcessReady(spec.rules.timeline, {"device": "this process"})
             self._endpoints[incarnation].send(ev.DRIVER, ready)
+
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """The incarnations on each machine."""
+        return tuple(map(tuple, self._machines))
 
     def send(self, to: int, message: Any) -> None:
         """From the driver."""
@@ -125,7 +135,8 @@ class InProcessCluster:
         if process.work and incarnation in self._processes:
             process.busy = True
             seconds = self._pace(incarnation)
-            done = replace(process.actor.perform(process.work.popleft()), seconds=seconds)
+            done = process.actor.perform(process.work.popleft(), lambda effect: self._do(incarnation, [effect]))
+            done = replace(done, seconds=seconds)
             self._at(self._now + seconds, lambda: self._finish(incarnation, done))
 
     def _finish(self, incarnation: int, done: Any) -> None:
@@ -136,13 +147,15 @@ class InProcessCluster:
         self._do(incarnation, process.actor.handle(incarnation, done))
         self._turn(incarnation)
 
-    def _do(self, incarnation: int, effects: list[ev.Effect]) -> None:
+    def _do(self, incarnation: int, effects: Iterable[ev.Effect]) -> None:
         for effect in effects:
             match effect:
                 case ev.Send(to, message):
                     self._endpoints[incarnation].send(to, message)
                 case ev.Compute(work):
                     self._processes[incarnation].work.append(work)
+                case ev.Update(later):
+                    self._do(incarnation, later)
                 case ev.End():
                     self._processes.pop(incarnation, None)
                     return

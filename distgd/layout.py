@@ -30,6 +30,9 @@ CUT = 16
 FINE = 8
 """Slices that hold fewer pages are cut at blocks; copying them is nothing."""
 
+BUCKET = 1 << 20
+"""Elements that travel between machines in one message: 4 MB of float32, enough for the wire, few enough to overlap."""
+
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 

@@ -1,7 +1,7 @@
 """A shard's optimizer on a card: weights and state live there, and the shard's own memory gets a copy of the weights.
 
-So whoever reads weights, and every rule of a shard, is as on the CPU. Gradients come block by block; a block's new
-weights go back while the next block's gradient is made.
+So whoever reads weights, and every rule of a shard, is as on the CPU. Gradients come block by block, and a block's new
+weights are back when it has been stepped, as they may be sent before the next one is.
 """
 
 from __future__ import annotations
@@ -17,30 +17,23 @@ from distgd.optim import OptimizerSpec, PieceOptimizer, State
 
 
 class MirroredOptimizer(PieceOptimizer):
-    """A `PieceOptimizer` whose tensors are a card's.
-
-    `weights` ([part.size], host) hold an update when all of its blocks have been taken, not before.
-    """
+    """A `PieceOptimizer` whose tensors are a card's; it writes to `weights`, [part.size] in host memory."""
 
     def __init__(self, spec: OptimizerSpec, part: Slice, weights: Tensor, card: Card, *, block: int) -> None:
-        self._card, self._weights = card, weights
+        self._device, self._weights = card.device, weights
+        self._pins = card.pins  # whose life is that of the registered memory
         self._mirror = weights.to(card.device, copy=True)
         super().__init__(spec, [(p.name, self._mirror[p.start : p.start + p.size]) for p in part.pieces], block=block)
         starts = [piece.start for piece in part.pieces]
         self._places = [[(starts[i] + lo, starts[i] + hi) for i, lo, hi in cuts] for cuts in self.blocks]
         self._grads = self._mirror.new_empty(max((self._size(number) for number in range(len(self.blocks))), default=0))
-        self._left = len(self.blocks)
-        card.pins.pin("weights", weights)
+        self._pins.pin("weights", weights)
 
     def step_block(self, number: int, grads: Sequence[Tensor], scale: float = 1.0) -> None:
-        """As on the CPU; with the last block of an update the weights are in host memory too."""
+        """As on the CPU."""
         super().step_block(number, self._received(number, grads), scale)
         first, stop = self._places[number][0][0], self._places[number][-1][1]
-        self._card.copies.begin(self._weights[first:stop], self._mirror[first:stop])
-        self._left -= 1
-        if not self._left:
-            self._card.copies.wait()
-            self._left = len(self.blocks)
+        self._weights[first:stop].copy_(self._mirror[first:stop])
 
     def state_dict(self) -> State:
         """As on the CPU, and copied there."""
@@ -55,7 +48,7 @@ class MirroredOptimizer(PieceOptimizer):
         for own in (self._state_of(cut) for cuts in self._cuts.values() for cut in cuts):
             for entry, value in own.items():
                 if entry != "step" or self._fused:  # torch counts steps on the CPU, except for its fused kernels
-                    own[entry] = value.to(self._card.device)
+                    own[entry] = value.to(self._device)
 
     @property
     def _fused(self) -> bool:

@@ -74,7 +74,8 @@ class Plan:
     @property
     def bits(self) -> str:
         """Whether the weights are a pure function of config, seed and data on one kind of CPU."""
-        whole, cluster = self.staged and self.quorum == self.order.slots, self.config.cluster
+        whole = self.staged and self.quorum == self.order.slots and self.config.transport.dtype == "model"
+        cluster = self.config.cluster
         on_cpu = cluster.compute_device == cluster.server_device == "cpu"
         return "promised" if whole and on_cpu else "not promised"
 
@@ -142,6 +143,7 @@ class Plan:
             staged=self.staged,
             clip=clip.norm if self.staged else None,
             scale_lr=consistency.scale_lr,
+            dtype=config.transport.dtype,
         )
         limits = [limit for limit in (clip.slot_norm, None if self.staged else clip.norm) if limit is not None]
         slices = self.layout.slices(len(cast.shards))

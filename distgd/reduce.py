@@ -88,6 +88,10 @@ class Tree(Generic[T]):
     def __contains__(self, node: Node) -> bool:
         return node in self._held
 
+    def covers(self, node: Node) -> bool:
+        """Whether a sum that is held holds `node`."""
+        return any(first <= node[0] and node[1] <= stop for first, stop in self._held)
+
     def put(self, node: Node, part: Sum[T]) -> None:
         """Hold a partial sum and add it to its neighbor as far as that is there."""
         self._held[node] = part

@@ -22,7 +22,7 @@ from distgd import tasks
 from distgd.device import Card
 from distgd.errors import BadInput, RunFailed, blaming
 from distgd.events import SlotStats
-from distgd.gradients import GradientTaker
+from distgd.gradients import GradientTaker, Watch
 from distgd.layout import BufferLayout, Layout, Slice, parameters, tensor_of
 from distgd.optim import clip_scale
 from distgd.sources import (
@@ -198,11 +198,13 @@ class Replica:
             card.copies.begin(self.flat[part.start : part.stop], value, blocking=not pinned)
         card.copies.join()
 
-    def gradient(self, source: Source, order: Order, step: int, slot: int, out: Tensor) -> SlotGradient:
+    def gradient(
+        self, source: Source, order: Order, step: int, slot: int, out: Tensor, watch: Watch | None = None
+    ) -> SlotGradient:
         """Write S_k, the slot's weight times its clipped mean gradient, to `out` (flat, CPU, zeros between tensors).
 
         An empty slot has weight 0, and so has one whose loss says so, whatever its value; neither counts for the step.
-        `stats.seconds` is left 0.
+        `stats.seconds` is left 0. Where slots are clipped, no range is final before the end, and `watch` is not told.
 
         Raises:
             BadInput: the loss is no scalar, its weight is negative or not finite, or it meddles with gradients.
@@ -217,7 +219,10 @@ class Replica:
         loss, weight = self._loss(batch, samples)
         if weight == 0.0:
             return SlotGradient.empty(slot, samples)
-        square = self._taker.backward(loss, out, weight if self.clip is None else 1.0)
+        if self.clip is None:
+            square = self._taker.backward(loss, out, weight, watch)
+        else:
+            square = self._taker.backward(loss, out, 1.0)
         if self.clip is not None:
             out.mul_(clip_scale(square, self.clip)).mul_(weight)
         else:

@@ -28,7 +28,7 @@ from distgd.transport.segments import Allocate
 BLOCK = 1 << 19
 """Elements stepped at once: few enough for the cache, and so many that the cost of torch's calls does not show."""
 CARD_BLOCK = 1 << 22
-"""Elements stepped at once on a card: few enough that copies overlap, and so many that their cost does not show."""
+"""Elements stepped at once on a card: so many that the cost of copies and kernels that are started does not show."""
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,21 @@ class Server:
             return [ev.Send(source, ev.StatusSent(self._timeline, self.shard.describe()))]
         began = self._clock()
         effects = self.shard.handle(source, event)
-        seconds = self._clock() - began
-        return [self._timed(effect, seconds) for effect in effects]
+        return [self._timed(effect, began) for effect in effects]
 
-    def perform(self, work: Any) -> Any:
+    def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any:
         """A server has no work that takes time apart from messages."""
         raise NotImplementedError(f"a server computes nothing, yet was given {work!r}")
 
-    def _timed(self, effect: ev.Effect, seconds: float) -> ev.Effect:
+    def _timed(self, effect: ev.Effect, began: float) -> ev.Effect:
         match effect:
+            case ev.Update(effects):
+                return ev.Update(self._timed(each, began) for each in effects)
             case ev.Send(to, ev.StepCommitted() as message):
-                before, self._committed = self._committed, self._clock()
-                return ev.Send(to, replace(message, apply_seconds=seconds, since=self._committed - before))
+                now = self._clock()
+                before, self._committed = self._committed, now
+                return ev.Send(to, replace(message, apply_seconds=now - began, since=now - before))
             case ev.Send(to, ev.PushAnswered() as message):
-                return ev.Send(to, replace(message, seconds=seconds))
+                return ev.Send(to, replace(message, seconds=self._clock() - began))
             case _:
                 return effect

@@ -13,7 +13,8 @@ clip scale is the same number for any number of shards.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd import policy as pol
-from distgd.layout import Slice, block_squares, squared_norm, tensor_of
+from distgd.codecs import CODECS
+from distgd.layout import BUCKET, Slice, block_squares, squared_norm, tensor_of
 from distgd.optim import PieceOptimizer, Schedule, clip_scale
-from distgd.reduce import Node, Sum, Tree
-from distgd.staging import Mean, Part, add
+from distgd.reduce import Node
+from distgd.returning import Returning
+from distgd.staging import Mean, Staging
 
 SNAPSHOTS_KEPT = 2  # one that is being read, and the one after it
 Array = np.ndarray[Any, Any]
@@ -38,7 +41,8 @@ class ShardRules:
 
     `incarnations` are the shards' own, by index. `slots` is K. `last` is the run's last version. `clip` limits the
     global norm of the mean gradient (`staged`, sync mode; elsewhere the worker clips, as its push is the whole update).
-    `scale_lr` divides the learning rate by max(1, staleness).
+    `scale_lr` divides the learning rate by max(1, staleness). `bucket` is how many elements travel between machines in
+    one message (sync mode, every slot required), `dtype` as what (`transport.dtype`).
     """
 
     timeline: int
@@ -48,6 +52,8 @@ class ShardRules:
     staged: bool
     clip: float | None
     scale_lr: bool
+    bucket: int = BUCKET
+    dtype: str = "model"
 
 
 class Shard:
@@ -84,10 +90,12 @@ class Shard:
         self._blocks = [_Block.of(part, cuts) for cuts in optimizer.blocks]
         self._scratch = torch.empty(max((b.stop - b.first for b in self._blocks), default=0), dtype=weights.dtype)
         self._eager = eager
-        self._tree: Tree[Part] = Tree(rules.slots, add, eager=eager)
+        self._staging = Staging(rules.slots, part.size, rules.bucket, eager=eager)
+        self._codec = CODECS[rules.dtype]()
+        self._returning = Returning(rules.timeline, part.index, weights, rules.bucket, rules.dtype)
+        self._update: Iterator[ev.Effect] | None = None  # what is left to do of one
         self._measured: tuple[frozenset[int], Tensor] | None = None  # slots, and their mean where its norm was needed
         self._staged: dict[Node, ev.GradientArrived] = {}  # headers of what the tree holds (sync)
-        self._sources: dict[Node, int] = {}  # who pushed them
         self._norm: float | None = None  # shard 0: the norm that the last decision was made with
         self._waiting: dict[tuple[int, int], tuple[int, ev.GradientArrived]] = {}  # pushes by lease, held or arriving
         self._squares: dict[int, Array] = {}  # shard 0: each shard's last sums of squares of this step
@@ -98,6 +106,7 @@ class Shard:
         self._due: dict[int, int] = {}  # snapshot number -> the version asked for
         self._snapshot_readers: dict[int, list[int]] = {}
         self._members = ev.MembershipChanged(rules.timeline, -1, frozenset(), -1, ())
+        self._near: frozenset[int] = frozenset()  # who is on this machine
         self._parked: list[tuple[int, Any]] = []  # from incarnations that this shard has not been told of yet
         self._commit: ev.Commit | None = None  # the decision that the policy has been told of last
         self._bad: tuple[int, ...] = ()
@@ -113,6 +122,8 @@ class Shard:
         """Take one message of incarnation `source`; what is not for this timeline or from the dead has no effect."""
         if event.timeline != self.rules.timeline:
             return []
+        if self._update is not None:  # nobody sees half a version
+            return [*self._update, *self.handle(source, event)]
         if isinstance(event, ev.MembershipChanged):
             return self._membership(event)
         if source > self._members.newest:
@@ -141,6 +152,8 @@ class Shard:
                 return self._pull(source, event)
             case ev.GradientArrived():
                 return self._push(source, event)
+            case ev.GradientPart():
+                return self._part(event)
             case ev.ShardFilled():
                 return self._filled(event)
             case ev.Measure():
@@ -162,6 +175,7 @@ class Shard:
         if event.number <= self._members.number:
             return []
         self._members = event
+        self._near = event.beside(self.rules.incarnations[self.part.index])
         effects = self._obey(self.policy.handle(pol.Survived(event.live)))
         self._pulls = [(source, pull) for source, pull in self._pulls if source in event.live]
         parked, self._parked = self._parked, []
@@ -180,57 +194,86 @@ class Shard:
             if (source, pull) not in self._pulls:
                 self._pulls.append((source, pull))
             return []
-        return [self._weights_for(source, pull)]
+        return self._weights_for(source, pull)
 
-    def _weights_for(self, source: int, pull: ev.PullRequested) -> ev.Send:
+    def _weights_for(self, source: int, pull: ev.PullRequested, *, there: bool = False) -> list[ev.Effect]:
+        """This version for a reader; `there` says that its weights have been sent."""
         newer = self.buffers is not None and self.buffers_version > pull.buffers
+        parts, weights = 0, None
+        effects: list[ev.Effect] = []
+        if there or self._is_far(source):
+            parts = len(self._returning.cuts)
+            effects = [] if there else [ev.Send(source, part) for part in self._returning.whole(self.version)]
+        else:
+            weights = self.weights.numpy() if self._eager else self._copy()
         message = ev.WeightsSent(
             self.rules.timeline,
             self.part.index,
             self.version,
             pull.lease,
             self.buffers_version,
-            self.weights.numpy() if self._eager else self._copy(),
+            weights,
             self.buffers if newer else None,
+            parts,
         )
-        return ev.Send(source, message)
+        return [*effects, ev.Send(source, message)]
 
-    def _advanced(self) -> list[ev.Effect]:
-        """After every update: the copy is stale, readers may go on, a snapshot may be due."""
+    def _is_far(self, reader: int) -> bool:
+        """Whether weights go to a reader in parts: where every slot is required, to other machines."""
+        return self._eager and self.rules.staged and reader not in self._near
+
+    def _advanced(self, there: Collection[tuple[int, ev.PullRequested]] = ()) -> list[ev.Effect]:
+        """After every update: the copy is stale, readers may go on, a snapshot may be due.
+
+        Args:
+            there: reads whose weights have been sent.
+        """
         self._published = None
-        ready = [(source, pull) for source, pull in self._pulls if pull.at_least <= self.version]
-        self._pulls = [(source, pull) for source, pull in self._pulls if pull.at_least > self.version]
-        return [*self._take_due(), *(self._weights_for(source, pull) for source, pull in ready)]
+        ready = [read for read in self._pulls if read[1].at_least <= self.version]
+        self._pulls = [read for read in self._pulls if read[1].at_least > self.version]
+        answers = (effect for read in ready for effect in self._weights_for(*read, there=read in there))
+        return [*self._take_due(), *answers]
 
     # Gradients.
+
+    def _part(self, part: ev.GradientPart) -> list[ev.Effect]:
+        """A bucket of a push that is still under way: it is added, and counts once the push is closed."""
+        gathers = self._eager and isinstance(self.policy, pol.Staged) and part.attempt == self.policy.attempt
+        if gathers and part.step == self.version:
+            gradient = self._codec.decode(part.gradient, self.weights.dtype)
+            self._staging.put_part((part.first, part.stop), part.start, gradient)
+        return []
 
     def _push(self, source: int, push: ev.GradientArrived) -> list[ev.Effect]:
         node = (push.first, push.stop)
         bad = frozenset(push.bad)
         if self.rules.staged:
+            if push.parts and push.step == self.version and not self._staging.complete(node):
+                return []  # its sender is gone and was another's successor, or a connection broke: it comes again
             decisions = self.policy.handle(pol.Arrived(node, push.step, node, push.attempt, push.version, bad))
             if pol.Hold(node) in decisions:
-                self._stage(node, source, push)
+                self._stage(node, push)
             elif pol.Drop(node, "late") in decisions:
                 self.late += push.stop - push.first
-            reads = ev.PullRequested(self.rules.timeline, push.step + 1, push.reads)
+            reads = ev.PullRequested(self.rules.timeline, push.step + 1, push.reads, holds=push.step)
             asked = self._pull(source, reads) if push.reads >= 0 else []
             return [*asked, *self._obey(decisions)]
         key = (source, push.lease)
         self._waiting.setdefault(key, (source, push))
         return self._obey(self.policy.handle(pol.Arrived(key, push.step, node, 0, push.version, bad)))
 
-    def _stage(self, node: Node, source: int, push: ev.GradientArrived) -> None:
+    def _stage(self, node: Node, push: ev.GradientArrived) -> None:
         first, stop = node
         for inner in [n for n in self._staged if first <= n[0] and n[1] <= stop]:
             del self._staged[inner]
         self._staged[node] = replace(push, gradient=None)
-        self._sources[node] = source
-        self._tree.discard(node)
-        if push.gradient is None:
-            self._tree.put(node, Sum(None, push.weight, owned=False))
+        if push.parts:
+            self._staging.close(node, push.weight)
+        elif push.gradient is None:
+            self._staging.put(node, push.weight, None, owned=False)
         else:
-            self._tree.put(node, Sum(tensor_of(push.gradient), push.weight, push.gradient.flags.writeable))
+            owned = push.gradient.flags.writeable
+            self._staging.put(node, push.weight, tensor_of(push.gradient), owned=owned)
 
     def _obey(self, decisions: list[pol.Decision]) -> list[ev.Effect]:
         effects: list[ev.Effect] = []
@@ -306,29 +349,52 @@ class Shard:
         return self._obey(self.policy.handle(pol.Decided(commit.step, frozenset(commit.slots), commit.apply)))
 
     def _apply_step(self, decision: pol.ApplyStep) -> list[ev.Effect]:
+        """Step at once; or, where other machines wait for weights, bucket by bucket while these are being sent."""
+        far = [r for r in self._pulls if r[1].at_least <= self.version + 1 and self._is_far(r[0])]
+        far = [r for r in far if self._returning.continues(self.version + 1, r[1].holds)]
+        if far and decision.apply:
+            self._update = self._step_and_send(decision, far)
+            return [ev.Update(self._update)]
+        if decision.apply:
+            for _ in self._step(self._mean(decision), self.schedule.factor(decision.step)):
+                pass
+        return self._stepped(decision, ())
+
+    def _step_and_send(
+        self, decision: pol.ApplyStep, far: Sequence[tuple[int, ev.PullRequested]]
+    ) -> Iterator[ev.Effect]:
+        readers = sorted({source for source, _ in far})
+        left = deque(self._returning.cuts)
+        for done in self._step(self._mean(decision), self.schedule.factor(decision.step)):
+            while left and left[0][1] <= done:
+                part = self._returning.part(self.version + 1, *left.popleft())
+                yield from (ev.Send(reader, part) for reader in readers)
+        self._update = None
+        yield from self._stepped(decision, far)
+
+    def _stepped(self, decision: pol.ApplyStep, there: Collection[tuple[int, ev.PullRequested]]) -> list[ev.Effect]:
+        """The version that a decision makes is here."""
         commit = self._commit
         assert commit is not None
-        if decision.apply:
-            self._step(self._mean(decision.slots, commit.clip), self.schedule.factor(decision.step))
-            if 0 in decision.slots:
-                self._commit_buffers(next(push.buffers for node, push in self._staged.items() if node[0] == 0))
+        if decision.apply and 0 in decision.slots:
+            self._commit_buffers(next(push.buffers for node, push in self._staged.items() if node[0] == 0))
         self.version += 1
         effects: list[ev.Effect] = [ev.Send(ev.DRIVER, self._record(commit))] if self.leads else []
-        self._tree.clear()
+        self._staging.clear()
         self._staged.clear()
-        self._sources.clear()
         self._squares.clear()
         self._measured = None
         for number in commit.snapshots:
             self._due[number] = self.version
-        return [*self._advanced(), *effects]  # workers wait, the driver does not
+        return [*self._advanced(there), *effects]  # workers wait, the driver does not
 
     def _record(self, commit: ev.Commit) -> ev.StepCommitted:
         times: dict[int, dict[str, float]] = {}
-        for node, push in self._staged.items():
-            of_worker = times.setdefault(self._sources[node], {})
-            for phase, seconds in push.times.items():
-                of_worker[phase] = of_worker.get(phase, 0.0) + seconds
+        for push in self._staged.values():
+            for worker, spent in push.times.items():
+                of_worker = times.setdefault(worker, {})
+                for phase, seconds in spent.items():
+                    of_worker[phase] = of_worker.get(phase, 0.0) + seconds
         stats = (s for push in self._staged.values() for s in push.stats if s.slot in commit.slots)
         late, self.late = self.late, 0
         return ev.StepCommitted(
@@ -348,20 +414,28 @@ class Shard:
     def _measure(self, slots: frozenset[int]) -> Tensor:
         """The mean gradient over `slots` as one vector, kept for the step."""
         if self._measured is None or self._measured[0] != slots:
-            mean = Mean(self._tree.total(slots)).block(0, self.part.size, torch.empty_like(self.weights))
+            mean = self._staging.total(slots).block(0, self.part.size, torch.empty_like(self.weights))
             self._measured = (slots, mean)
         return self._measured[1]
 
-    def _mean(self, slots: frozenset[int], clip: float) -> Mean:
-        if self._measured is not None and self._measured[0] == slots:
-            return Mean(Sum(self._measured[1], 1.0, owned=True), clip)
-        return Mean(self._tree.total(slots), clip)
+    def _mean(self, decision: pol.ApplyStep) -> Mean:
+        assert self._commit is not None
+        if self._measured is not None and self._measured[0] == decision.slots:
+            return Mean.of(self._measured[1], 1.0, self._commit.clip)
+        return replace(self._staging.total(decision.slots), scale=self._commit.clip)
 
-    def _step(self, mean: Mean, factor: float) -> None:
-        """One update, block by block: gradients and weights are read once, and a block's mean stays in the cache."""
+    def _step(self, mean: Mean, factor: float) -> Iterator[int]:
+        """One update, block by block: gradients and weights are read once, and a block's mean stays in the cache.
+
+        Returns:
+            After each block, how many of the shard's first elements are done.
+        """
         for number, block in enumerate(self._blocks):
             grad = mean.block(block.first, block.stop, self._scratch[: block.stop - block.first])
             self.optimizer.step_block(number, [grad[lo:hi] for lo, hi in block.parts], factor)
+            yield self._blocks[number + 1].first if number + 1 < len(self._blocks) else self.part.size
+        if not self._blocks:  # an empty shard
+            yield 0
 
     def _commit_buffers(self, buffers: Array | None) -> None:
         if self.leads and buffers is not None:
@@ -376,7 +450,8 @@ class Shard:
             scale = self.schedule.factor(push.step)
             if self.rules.scale_lr:
                 scale /= max(1, decision.staleness)
-            self._step(Mean(Sum(tensor_of(push.gradient), push.weight, owned=False)), scale)
+            for _ in self._step(Mean.of(tensor_of(push.gradient), push.weight), scale):
+                pass
             self._commit_buffers(push.buffers)
         self.version += 1
         return [self._answer(source, push.lease, "applied", decision.staleness), *self._advanced()]

@@ -1,21 +1,96 @@
-"""Gradients of a step, added and divided block by block.
+"""Gradients of a step, gathered beside the weights, then added and divided block by block.
 
 Where gradients lie in other processes' memory nothing is added when they arrive: the sum stays a formula, and each
 block of it is computed when the optimizer needs it, so that every gradient is read once and no sum is ever written to
-main memory. The order of additions is the tree's in either case.
+main memory. What a message has brought is added as soon as its neighbor in the tree is there. The order of additions
+is the tree's in either case.
+
+What comes from another machine comes in buckets, and each bucket has a tree of its own: one that is there is added
+while the next is under way. Whether a bucket is covered is asked of that bucket alone, as every sum over the same slots
+has the same bits, whoever made it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from distgd.reduce import Sum
+from distgd.reduce import Node, Sum, Tree
 
 Part = Tensor | tuple["Part", "Part"]
 """A vector, or the sum of two that is still to be computed."""
+
+
+def cuts(size: int, bucket: int) -> list[tuple[int, int]]:
+    """The buckets of a shard of `size` elements, as (start, stop); an empty shard has an empty one.
+
+    >>> cuts(10, 4)
+    [(0, 4), (4, 8), (8, 10)]
+    """
+    return [(start, min(start + bucket, size)) for start in range(0, max(size, 1), bucket)]
+
+
+class Staging:
+    """What a shard holds of one step.
+
+    Args:
+        slots: K.
+        size: elements of the shard.
+        bucket: elements of a bucket; the last one may be shorter.
+        eager: whether to add before the set of slots is known (no quorum).
+    """
+
+    def __init__(self, slots: int, size: int, bucket: int, *, eager: bool) -> None:
+        self._cuts = cuts(size, bucket)
+        self._bucket = bucket
+        self._trees: list[Tree[Part]] = [Tree(slots, add, eager=eager) for _ in self._cuts]
+        self._weights: Tree[Part] = Tree(slots, add, eager=eager)  # of pushes that are whole, without values
+
+    def put(self, node: Node, weight: float, gradient: Tensor | None, *, owned: bool) -> None:
+        """Hold a whole push, in the place of all that it covers; None where its slots are empty."""
+        for place, (start, stop) in enumerate(self._cuts):
+            self._put(place, node, None if gradient is None else gradient[start:stop], owned=owned)
+        self.close(node, weight)
+
+    def put_part(self, node: Node, start: int, gradient: Tensor) -> None:
+        """Hold the bucket at `start` of a push that comes in parts; its memory may be written to.
+
+        Raises:
+            ValueError: no bucket begins there, or one of another length.
+        """
+        place = start // self._bucket
+        if place >= len(self._cuts) or self._cuts[place] != (start, start + gradient.numel()):
+            raise ValueError(f"a part of {gradient.numel()} elements at {start} is no bucket of {self._cuts}")
+        self._put(place, node, gradient, owned=True)
+
+    def _put(self, place: int, node: Node, gradient: Tensor | None, *, owned: bool) -> None:
+        tree = self._trees[place]
+        if not tree.covers(node):
+            tree.discard(node)
+            tree.put(node, Sum(gradient, 0.0, owned and gradient is not None))
+
+    def complete(self, node: Node) -> bool:
+        """Whether every bucket of `node` is here."""
+        return all(tree.covers(node) for tree in self._trees)
+
+    def close(self, node: Node, weight: float) -> None:
+        """Count a push whose buckets are all here, in the place of all that it covers."""
+        self._weights.discard(node)
+        self._weights.put(node, Sum(None, weight, owned=False))
+
+    def total(self, slots: Collection[int]) -> Mean:
+        """Take the mean over `slots`, each of which must be held; everything is forgotten."""
+        weight = self._weights.total(slots).weight
+        return Mean(tuple(tree.total(slots).value for tree in self._trees), self._bucket, weight)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._weights.clear()
+        for tree in self._trees:
+            tree.clear()
 
 
 def add(left: Sum[Part], right: Sum[Part]) -> Sum[Part]:
@@ -32,20 +107,41 @@ def add(left: Sum[Part], right: Sum[Part]) -> Sum[Part]:
 
 @dataclass(frozen=True)
 class Mean:
-    """The sum over a step's slots, divided by their weight, times `scale`."""
+    """The sum over a step's slots, by buckets of so many elements each, divided by `weight`, times `scale`.
 
-    total: Sum[Part]
+    A bucket is None where every slot was empty.
+    """
+
+    buckets: Sequence[Part | None]
+    bucket: int
+    weight: float
     scale: float = 1.0
+
+    @classmethod
+    def of(cls, total: Tensor, weight: float, scale: float = 1.0) -> Mean:
+        """That of one vector."""
+        return cls((total,), max(1, total.numel()), weight, scale)
 
     def block(self, first: int, stop: int, out: Tensor) -> Tensor:
         """Write elements [first, stop) of the mean to `out`, [stop - first]; zeros where every slot was empty."""
-        if self.total.value is None:
-            return out.zero_()
-        if isinstance(self.total.value, Tensor):
-            torch.div(self.total.value[first:stop], self.total.weight, out=out)
+        at = first
+        while at < stop:
+            place, begin = at // self.bucket, at % self.bucket
+            end = min(begin + stop - at, self.bucket)
+            self._within(self.buckets[place], begin, end, out[at - first : at - first + end - begin])
+            at += end - begin
+        return out
+
+    def _within(self, total: Part | None, first: int, stop: int, out: Tensor) -> None:
+        if total is None:
+            out.zero_()
+            return
+        if isinstance(total, Tensor):
+            torch.div(total[first:stop], self.weight, out=out)
         else:
-            _block(self.total.value, first, stop, out, []).div_(self.total.weight)
-        return out if self.scale == 1.0 else out.mul_(self.scale)
+            _block(total, first, stop, out, []).div_(self.weight)
+        if self.scale != 1.0:
+            out.mul_(self.scale)
 
 
 def _block(part: Part, first: int, stop: int, out: Tensor, spare: list[Tensor]) -> Tensor:

@@ -272,7 +272,7 @@ class _Run:
             cluster.spawn(self.plan.specs(self.cast))
             self.listen_to_signals()  # Ray has taken them
             self._await_ready(cluster)
-            self.driver = Driver(self.cast, self.plan.assignment(), cluster.now())
+            self.driver = Driver(self.cast, self.plan.assignment(), cluster.now(), cluster.nodes())
             finish = self._perform(cluster, self.driver.start()) or self._listen(cluster, self.driver)
             if finish.error is not None:
                 raise finish.error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from distgd.config import load
 from distgd.driver import Account, Driver, Finish, Keep, Log
 from distgd.errors import DistgdError
 from distgd.inprocess import SLOT_SECONDS, InProcessCluster
-from distgd.layout import state
+from distgd.layout import BUCKET, state
 from distgd.plan import Plan
 from distgd.prepare import prepare
 from distgd.stopping import Stop
@@ -57,23 +57,29 @@ def simulate(
     seed: int = 0,
     pace: Callable[[int], float] = lambda incarnation: SLOT_SECONDS,
     lose: Mapping[int, float] | None = None,
+    machines: int = 1,
+    bucket: int = BUCKET,
     on_event: Callable[[dict[str, Any]], Stop | None] = lambda event: None,
     **sections: Any,
 ) -> Simulated:
     """Prepare and run; the error that ended the run is in the answer, not raised."""
     plan = prepare(config(task, **sections), task)
-    return run(plan, InProcessCluster(seed, pace, lose), on_event)
+    return run(plan, InProcessCluster(seed, pace, lose, machines), on_event, bucket)
 
 
 def run(
-    plan: Plan, cluster: InProcessCluster, on_event: Callable[[dict[str, Any]], Stop | None] = lambda event: None
+    plan: Plan,
+    cluster: InProcessCluster,
+    on_event: Callable[[dict[str, Any]], Stop | None] = lambda event: None,
+    bucket: int = BUCKET,
 ) -> Simulated:
-    """Run a plan on a cluster to its end."""
+    """Run a plan on a cluster to its end; so many elements travel between machines at once."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cast = plan.cast()
-    cluster.spawn(plan.specs(cast))
-    driver = Driver(cast, plan.assignment(), cluster.now())
+    rules = {i: replace(spec.rules, bucket=bucket) for i, spec in plan.specs(cast).items()}
+    cluster.spawn({i: replace(spec, rules=rules[i]) for i, spec in plan.specs(cast).items()})
+    driver = Driver(cast, plan.assignment(), cluster.now(), cluster.nodes())
     done = Simulated(plan, driver, None, {})
     effects = driver.start()
     try:

@@ -27,13 +27,15 @@ import distgd
 FLOORS = {
     room: floor
     for floor, rooms in enumerate(
-        (  # words, pure, doors, actors as plain classes, the engine, the story
-            "errors config events",
-            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",
-            "memory wire transport device tasks sources table checkpoint records tracking progress report weights",
-            "server worker evaluator driver assignment evaluations gradients replica mirror tally",
-            "cluster inprocess resources",
-            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",
+        (
+            "errors config events",  # words
+            "layout optim policy ledger reduce codecs faults diagnostics staging returning shard stopping "  # pure
+            "features",
+            "memory wire transport device tasks sources table checkpoint records tracking progress report "  # doors
+            "weights",
+            "server worker adder evaluator driver assignment evaluations gradients replica mirror tally",  # actors
+            "cluster inprocess resources",  # the engine
+            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()

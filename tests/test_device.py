@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from distgd import gradients, server
 from distgd.device import LEAST, PORTABLE, READ_ONLY, Card, Pins
+from distgd.gradients import Watch
 from distgd.layout import Layout, tensor_of
 from distgd.mirror import MirroredOptimizer
 from distgd.optim import OptimizerSpec, PieceOptimizer
@@ -43,26 +44,30 @@ class Copies:
 
     late: bool
     log: list[str] = field(default_factory=list)
-    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    begun: int = 0
+    pending: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def begin(self, into: Tensor, value: Tensor, *, blocking: bool = False) -> None:
+    def begin(self, into: Tensor, value: Tensor, *, blocking: bool = False) -> Callable[[], None]:
         self.log.append(f"begin {into.numel()}" + (" blocking" if blocking else ""))
-        self.pending.append((into, value))
+        number = self.begun
+        self.pending[number] = (into, value)
+        self.begun += 1
         if blocking or not self.late:
-            self.make()
+            self.make(number)
+        return lambda: self.wait(number, into.numel())
 
-    def make(self) -> None:
-        for into, value in self.pending:
+    def make(self, last: int) -> None:
+        for number in [number for number in self.pending if number <= last]:
+            into, value = self.pending.pop(number)
             into.copy_(value)
-        self.pending.clear()
 
     def join(self) -> None:
         self.log.append("join")
-        self.make()
+        self.make(self.begun)
 
-    def wait(self) -> None:
-        self.log.append("wait")
-        self.make()
+    def wait(self, number: int, size: int) -> None:
+        self.log.append(f"wait {size}")
+        self.make(number)
 
 
 @dataclass
@@ -215,9 +220,10 @@ class TestGradients:
         large = gradients.LARGE
         assert copies.log[:3] == [f"begin {5 * large // 4}", "autograd makes the last one", f"begin {large}"]
         assert copies.log[3] == f"begin {large}", "zeros for what the loss does not use"
-        assert copies.log.count("wait") == 1 and copies.log[-1] == "wait"
-        small = [int(line.split()[1]) for line in copies.log[4:-1]]
-        assert sorted(small) == [64, 64, 3 * large // 4], "small ones that lie together leave together"
+        begun = [line for line in copies.log if line.startswith("begin")]
+        assert sorted(int(line.split()[1]) for line in begun[3:]) == [64, 64, 3 * large // 4], "small ones together"
+        waits = [line.replace("begin", "wait") for line in begun]
+        assert copies.log[-len(waits) :] == waits, "for nothing before all have begun"
 
     @pytest.mark.parametrize("late", [False, True])
     def test_what_autograd_finishes_twice_is_added(self, late: bool) -> None:
@@ -230,6 +236,24 @@ class TestGradients:
             return out
 
         assert torch.equal(of(a_card(late)[0]), of(None))
+
+    def test_whoever_waits_for_a_range_is_told_when_it_has_arrived(self) -> None:
+        card, copies, _ = a_card()
+        replica = Replica(Task(), 3, card=card)
+        expected, out = gradient(Replica(Task(), 3))[1], replica.layout.zeros().fill_(9.0)
+        ranges = [(at, min(at + 20_000, replica.layout.size)) for at in range(0, replica.layout.size, 20_000)]
+        told: list[int] = []
+        missing: list[int] = []
+
+        def final(number: int) -> None:
+            told.append(number)
+            missing.append(len(copies.pending))
+            first, stop = ranges[number]
+            assert torch.equal(out[first:stop], expected[first:stop])
+
+        replica.gradient(replica.train_source(), ORDER, 0, 1, out, Watch(ranges, final))
+        assert sorted(told) == list(range(len(ranges))), "each once, from the first time on"
+        assert missing[0] > missing[-1] == 0, "and not all at the end"
 
     def test_what_is_not_finite_is_bad(self) -> None:
         class Endless(Task):
@@ -315,10 +339,9 @@ def mirrored(
 
 
 class TestShard:
-    @pytest.mark.parametrize("late", [False, True])
     @pytest.mark.parametrize("name", ELEMENTWISE)
-    def test_the_weights_are_those_of_the_cpu_after_every_update(self, name: str, late: bool) -> None:
-        weights, expected, optimizer = mirrored(name, a_card(late)[0])
+    def test_the_weights_are_those_of_the_cpu_after_every_update(self, name: str) -> None:
+        weights, expected, optimizer = mirrored(name, a_card()[0])
         assert len(optimizer.blocks) > 3
         assert torch.equal(weights, expected)
 
@@ -327,20 +350,14 @@ class TestShard:
         weights, expected, _ = mirrored("Adam", a_card()[0], **how)
         assert torch.equal(weights, expected)
 
-    def test_blocks_go_back_while_others_are_stepped_and_are_waited_for_once(self) -> None:
-        card, copies, _ = a_card()
-        _, _, optimizer = mirrored("SGD", card)
-        assert copies.log.count("wait") == STEPS
-        assert [line.split()[0] for line in copies.log] == STEPS * [*len(optimizer.blocks) * ["begin"], "wait"]
-
-    def test_a_caller_may_use_a_blocks_gradient_again_at_once(self) -> None:
+    def test_a_blocks_weights_are_back_and_its_gradient_may_be_written_to(self) -> None:
         weights = torch.zeros(128)
         part = Layout.of([("a", (128,))], "float32").slices(1)[0]
         optimizer = MirroredOptimizer(OptimizerSpec("SGD", {"lr": 1.0}), part, weights, a_card()[0], block=64)
         scratch = torch.empty(64)
         for number in range(2):
             optimizer.step_block(number, [scratch.fill_(-1.0 - number)])
-        assert [set(half.tolist()) for half in weights.split(64)] == [{1.0}, {2.0}]
+            assert [set(half.tolist()) for half in weights.split(64)] == [{1.0}, {2.0 * number}]
 
     @linux
     def test_its_weights_are_registered(self) -> None:
@@ -358,14 +375,18 @@ class TestShard:
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("consistency", [{}, {"quorum": 3}, {"mode": "bounded", "staleness": 1}], ids=str)
+@pytest.mark.parametrize(
+    ("consistency", "machines"),
+    [({}, 1), ({}, 2), ({"quorum": 3}, 1), ({"mode": "bounded", "staleness": 1}, 1)],
+    ids=str,
+)
 def test_a_whole_run_on_cards_has_the_bits_of_one_without(
-    consistency: dict[str, Any], late: bool, monkeypatch: pytest.MonkeyPatch
+    consistency: dict[str, Any], machines: int, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = {"batch": {"size": 32, "slots": 4}, "stop": {"steps": 6}, "consistency": consistency}
     how |= {"optimizer": {"name": "adam", "lr": 0.01}, "cluster": {"workers": 3, "servers": 2}}
     expected = simulate(OddTask(106), **how)
-    made: list[Copies] = []
+    made: list[Copies] = []  # in the order of the driver, the servers and the workers
 
     def of(device: torch.device) -> Card:
         card, copies, _ = a_card(late)
@@ -375,8 +396,8 @@ def test_a_whole_run_on_cards_has_the_bits_of_one_without(
     monkeypatch.setattr(Card, "of", of)
     monkeypatch.setattr(gradients, "LARGE", 1000)
     monkeypatch.setattr(server, "CARD_BLOCK", 512)
-    assert simulate(OddTask(106), **how).sha256 == expected.sha256
-    assert len(made) == 1 + 3 + 2 and all(copies.log for copies in made[1:])
+    assert simulate(OddTask(106), machines=machines, bucket=1024, **how).sha256 == expected.sha256
+    assert len(made) == 1 + 2 + 3 and all(copies.log for copies in made[3:])
 
 
 def test_what_lies_on_a_card_is_not_counted_in_the_hosts_memory() -> None:

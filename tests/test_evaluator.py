@@ -62,7 +62,7 @@ def test_the_metrics_are_those_of_the_snapshots_weights(plan: Plan, evaluator: E
     """In bounded and async mode shards may be at different versions; the highest is named."""
     give(evaluator, ev.Evaluate(1, 7))
     (compute,) = give(evaluator, snapshot(plan, 7, 0, version=3), snapshot(plan, 7, 1, version=5))
-    scored = evaluator.perform(compute.work)
+    scored = evaluator.perform(compute.work, list)
     (sent,) = give(evaluator, scored)
     assert sent.to == ev.DRIVER
     assert (sent.message.number, sent.message.version) == (7, 5)
@@ -80,7 +80,7 @@ def test_other_weights_give_another_loss(plan: Plan, evaluator: Evaluator) -> No
     for number, scale in ((1, 1.0), (2, 3.0), (3, 1.0)):
         give(evaluator, ev.Evaluate(1, number))
         (compute,) = give(evaluator, *(snapshot(plan, number, shard, scale=scale) for shard in (0, 1)))
-        scored = evaluator.perform(compute.work)
+        scored = evaluator.perform(compute.work, list)
         assert isinstance(scored, Scored)
         losses.append(scored.metrics["loss"])
     assert losses[0] == losses[2] != losses[1]

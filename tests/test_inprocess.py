@@ -20,7 +20,7 @@ from distgd.plan import Plan
 from distgd.policy import ApplyPush, Immediate
 from distgd.prepare import prepare
 from distgd.transport import InMemoryNetwork
-from distgd.worker import Worker
+from distgd.worker.work import Work
 
 SAMPLES, BATCH, SLOTS = 256, 32, 4  # 4 blocks of 64, so that each of 3 shards holds weights
 UPDATE = {"sync": BATCH, "bounded": BATCH // SLOTS, "async": BATCH // SLOTS}  # samples of an update
@@ -202,17 +202,23 @@ class TestMemory:
             done = run(counting(mode, 3, 3), InProcessCluster(seed))
             assert torch.equal(done.state["w"], torch.ones(SAMPLES))
 
+    @pytest.mark.parametrize("machines", [2, 3])
+    def test_nor_where_it_travels_in_parts_and_is_added_by_another(self, machines: int) -> None:
+        plain = run(tiny(1, workers=1), InProcessCluster()).sha256
+        found = {run(tiny(3), InProcessCluster(seed, machines=machines), bucket=64).sha256 for seed in range(5)}
+        assert found == {plain}
+
     def test_releasing_at_once_would_show(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The twin: these links are slow enough to tell."""
-        push = Worker.push
+        push = Work.push
 
-        def careless(self: Worker, message: Any, total: Any, versions: Any) -> Any:
-            effects = push(self, message, total, versions)
+        def careless(self: Work, message: Any, total: Any, *more: Any) -> Any:
+            effects = push(self, message, total, *more)
             if total is not None:
                 self.release(total)
             return effects
 
-        monkeypatch.setattr(Worker, "push", careless)
+        monkeypatch.setattr(Work, "push", careless)
         assert run(tiny(3), InProcessCluster(0)).sha256 != run(tiny(1, workers=1), InProcessCluster(0)).sha256
 
 

@@ -253,8 +253,8 @@ class TestWindow:
 def test_each_peer_is_reached_the_shortest_way() -> None:
     """Two processes on one machine and one elsewhere, all of them in this thread."""
     make = {"secret": SECRET, "codec": Codec(ev.MESSAGES), "host": "127.0.0.1", "max_bytes": 1 << 20}
-    server = MixedEndpoint(SERVER, "server", listen=True, **make)  # type: ignore[arg-type]
-    worker, far = (MixedEndpoint(i, "worker", listen=False, **make) for i in (WORKER, OTHER))  # type: ignore[arg-type]
+    server = MixedEndpoint(SERVER, "server", listen="all", **make)  # type: ignore[arg-type]
+    worker, far = (MixedEndpoint(i, "worker", listen="", **make) for i in (WORKER, OTHER))  # type: ignore[arg-type]
     places = {SERVER: Place("here", server.addresses), WORKER: Place("here", ()), OTHER: Place("there", ())}
     try:
         for endpoint, node in ((server, "here"), (worker, "here"), (far, "there")):

@@ -259,7 +259,7 @@ class TestStageThenCommit:
     def test_the_record_names_who_computed_and_what_it_took(self) -> None:
         wire = Wire()
         for worker, node in ((A, (0, 4)), (B, (4, 5))):
-            message = replace(wire.push(0, node)[0], times={"compute": 0.25})
+            message = replace(wire.push(0, node)[0], times={worker: {"compute": 0.25}})
             wire.give(worker, message)
         (committed,) = wire.committed()
         assert committed.times == {A: {"compute": 0.25}, B: {"compute": 0.25}}

@@ -50,6 +50,7 @@ class Desk:
         self.sent: list[ev.Send] = []
         self.work: list[Any] = []
         self.ended: list[ev.End] = []
+        self.emitted: list[ev.Effect] = []
 
     def give(self, event: Any, source: int = ev.DRIVER) -> list[Any]:
         """Deliver; the messages that follow, in order."""
@@ -64,7 +65,7 @@ class Desk:
         """Finish the next slots; the messages that follow."""
         messages: list[Any] = []
         for _ in range(times):
-            messages += self.give(replace(self.worker.perform(self.work.pop(0)), seconds=0.5), ME)
+            messages += self.give(replace(self.worker.perform(self.work.pop(0), self.emitted.append), seconds=0.5), ME)
         return messages
 
     def table(self, *own: int, number: int = 1) -> list[Any]:
@@ -125,7 +126,7 @@ class TestSync:
         assert torch.equal(flat, expected), "S_k is w_k times the mean gradient"
         assert {m.weight for m in messages} == {BATCH / SLOTS * 2}
         assert [len(m.stats) for m in messages] == [2, 0, 0], "statistics go to shard 0 alone"
-        assert messages[0].times["compute"] == 1.0
+        assert messages[0].times[ME]["compute"] == 1.0
         assert {m.version for m in messages} == {0}
 
     def test_a_new_table_in_mid_step_adds_slots_and_repeats_none(self) -> None:

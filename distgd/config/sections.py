@@ -243,6 +243,13 @@ class Eval(Section):
     """GPUs that Ray sets aside for the evaluator."""
 
 
+class Transport(Section):
+    """How gradients and weights travel between machines; within one machine they do not travel."""
+
+    dtype: Literal["model", "bfloat16"] = "model"
+    """What numbers travel as in sync mode without a quorum: the model's own type, or two bytes (bits not promised)."""
+
+
 class Tracking(Section):
     """Where metrics go; metrics.jsonl in the run folder is always written and complete."""
 
@@ -268,6 +275,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     consistency: Consistency = Consistency()
     cluster: Cluster = Cluster()
+    transport: Transport = Transport()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
 

@@ -31,18 +31,19 @@ class MixedEndpoint:
     Args:
         me, role: who this is; part of what is proved.
         secret: the run's, at least 16 bytes.
-        listen: whether others may dial; only a process that does has `addresses`.
+        listen: who may dial: everybody (`all`), processes of this machine (`near`), or nobody (``).
         host: this machine's address for others, None where there are no others.
         max_bytes: the largest array that travels between machines.
     """
 
     def __init__(
-        self, me: int, role: str, secret: bytes, codec: Codec, *, listen: bool, host: str | None, max_bytes: int
+        self, me: int, role: str, secret: bytes, codec: Codec, *, listen: str, host: str | None, max_bytes: int
     ) -> None:
         self._me = me
-        self._near = NodeEndpoint(me, role, secret, codec, listen=listen) if AVAILABLE else None
+        self._near = NodeEndpoint(me, role, secret, codec, listen=bool(listen)) if AVAILABLE else None
         kinds = (*(() if AVAILABLE else ("ipc",)), *(("tcp",) if host else ()))
-        far = ZmqEndpoint(me, role, secret, codec, kinds if listen else (), host, max_bytes) if kinds else None
+        heard = {"all": kinds, "near": tuple(kind for kind in kinds if kind == "ipc"), "": ()}[listen]
+        far = ZmqEndpoint(me, role, secret, codec, heard, host, max_bytes) if kinds else None
         self._far = far
         self._neighbors: frozenset[int] = frozenset()
         near = (NODE + self._near.address,) if self._near and listen else ()

@@ -127,31 +127,39 @@ class Window:
         ] = {}  # first byte of a part -> what it shows, kept so that its address stays its own
 
     def show(self, at: int, array: Array) -> bool:
-        """Let the bytes from `at` on be the memory of `array`, another process's: later writes there show here.
+        """Let the bytes from `at` on be the memory of `array`, which is shared: later writes there show here.
 
-        Nothing is copied. A process that writes to these bytes is ended by SIGSEGV.
+        Nothing is copied. Where that memory is another process's, a process that writes to these bytes is ended by
+        SIGSEGV.
 
         Returns:
-            False where that cannot be: memory that is this process's own, or parts that share a page.
+            False where that cannot be: memory that nobody else can be shown, or parts that share a page.
         """
         source = address_of(array)
-        if array.flags.writeable or not SUPPORTED or at % PAGE or source % PAGE:
+        if not SUPPORTED or at % PAGE or source % PAGE:
             return False
         if array.nbytes % PAGE and at + array.nbytes < self.memory.nbytes:
             return False
         shown = self._shown.get(at)
         if shown is None or address_of(shown) != source:
-            _duplicate(source, -(-array.nbytes // PAGE) * PAGE, self._start + at)
+            if not _duplicate(source, -(-array.nbytes // PAGE) * PAGE, self._start + at):
+                return False
             self._shown[at] = array
         return True
 
 
-def _duplicate(source: int, size: int, target: int) -> None:
-    """Map the pages at `source` at `target` too: mremap with an old size of 0 leaves the old mapping (mremap(2))."""
+def _duplicate(source: int, size: int, target: int) -> bool:
+    """Map the pages at `source` at `target` too: mremap with an old size of 0 leaves the old mapping (mremap(2)).
+
+    False where they are private, which the kernel refuses before it changes anything.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mremap.restype = ctypes.c_void_p
     words = (ctypes.c_void_p(source), ctypes.c_size_t(0), ctypes.c_size_t(size))
     mapped = libc.mremap(*words, ctypes.c_int(_MAYMOVE_FIXED), ctypes.c_void_p(target))
     if mapped != target:
         number = ctypes.get_errno()
+        if number == errno.EINVAL:
+            return False
         raise OSError(number, f"mremap: {os.strerror(number)}")
+    return True
