@@ -296,7 +296,7 @@ class RayCluster:
         asked = sum(self._resources[spec.role].gpus for spec in specs.values())
         there = sum(node["Resources"].get("GPU", 0.0) for node in _nodes())
         if self._private is not None and asked > there:
-            do = "lower cluster.workers, cluster.gpus or eval.gpus, or set cluster.address"
+            do = "lower cluster.workers, cluster.gpus, cluster.server_gpus or eval.gpus, or set cluster.address"
             raise BadInput.at("cluster.gpus", f"at most the {there:g} GPUs of this machine in all", asked, do)
 
     def _check_trial(self, specs: Mapping[int, Spec]) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from distgd.device import Card
 from distgd.errors import BadInput
 from distgd.layout import Layout, squared, trainable
 
@@ -55,14 +56,6 @@ class _Waiting:
                 self._final(number)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Where gradients go in one flat vector: small ones with their parameter, in its shape; all by name, flat."""
-
-    small: tuple[tuple[str, nn.Parameter, Tensor], ...]
-    flat: dict[str, Tensor]
-
-
 class GradientTaker:
     """Brings gradients to their places in a flat vector, scaled on the way; nothing is set to zero before.
 
@@ -70,18 +63,19 @@ class GradientTaker:
     gradient that is one number for all elements never gets memory of its own, and any other's is free again before the
     next one is made. Small ones are moved together at the end. Gradients of a large parameter that autograd finishes
     twice, as under reentrant checkpointing, are added.
+
+    Args:
+        card: where the model is, None for the CPU.
     """
 
-    def __init__(self, layout: Layout, model: nn.Module) -> None:
+    def __init__(self, layout: Layout, model: nn.Module, card: Card | None = None) -> None:
         self._layout = layout
         self._parameters = trainable(model)
-        large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
         self._all = tuple(self._parameters.values())
+        large = {name: p for name, p in self._parameters.items() if p.numel() >= LARGE}
         self._small = {name: p for name, p in self._parameters.items() if name not in large}
-        self._places: dict[int, _Places] = {}  # by the address of the flat vector, of which there are few
-        self._out: _Places | None = None
-        self._scale, self._factor_is = 1.0, 1.0
-        self._factor_tensor = torch.ones((), dtype=layout.torch_dtype)
+        self._way: _InPlace | _FromCard = _InPlace(layout) if card is None else _FromCard(layout, card, large)
+        self._scale: float | None = None  # None while there is no backward pass
         self._squares: dict[str, float] = {}
         self._waiting: _Waiting | None = None
         self._again: bool | None = None  # whether autograd finishes a gradient twice; None before the first time
@@ -93,37 +87,32 @@ class GradientTaker:
         """Write `scale` times the gradient of `loss` to `out` (flat, CPU); return the square of the result's norm.
 
         A parameter that the loss does not use has a zero gradient. The first time nobody is told of ranges, as it shows
-        whether autograd finishes gradients once; ranges that nobody was told of are final at the end.
+        whether autograd finishes gradients once; ranges that nobody was told of are final at the end. Of a card's
+        ranges `watch` is told at the end, one after the other as they arrive.
+
+        Args:
+            out: one of few vectors, which are used again and again.
 
         Raises:
             BadInput: the loss has set gradients itself.
         """
         if any(p.grad is not None for p in self._all):
             raise self._meddled(next(name for name, p in self._parameters.items() if p.grad is not None))
-        places = self._places.get(out.data_ptr())
-        if places is None:
-            places = self._places[out.data_ptr()] = self._find(out)
-        self._out, self._scale, self._squares = places, scale, {}
-        self._waiting = _Waiting(self._layout, watch) if watch is not None and self._again is False else None
+        waiting = None if watch is None else _Waiting(self._layout, watch)
+        self._way.begin(out)
+        self._scale, self._squares = scale, {}
+        self._waiting = waiting if self._way.at_once and self._again is False else None
         self._again = self._again or False
         try:
             _differentiate(loss)
-            self._take_small(places)
-            for name in self._unused():
-                places.flat[name].zero_()
+            self._take_small(scale)
+            if len(self._squares) < len(self._all):
+                for name in self._parameters.keys() - self._squares.keys():
+                    self._way.zero(name)
         finally:
-            self._out = self._waiting = None
-        return sum([self._squares[name] for name in self._parameters if name in self._squares])
-
-    def _unused(self) -> Iterable[str]:
-        if len(self._squares) == len(self._parameters):
-            return ()
-        return self._parameters.keys() - self._squares.keys()
-
-    def _find(self, out: Tensor) -> _Places:
-        views = self._layout.views(out)
-        small = tuple((name, p, views[name]) for name, p in self._small.items())
-        return _Places(small, {name: view.view(-1) for name, view in views.items()})
+            self._scale = self._waiting = None
+        square = sum([self._squares[name] for name in self._parameters if name in self._squares])
+        return self._way.end(square, _nobody if waiting is None else waiting.took)
 
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
@@ -131,35 +120,29 @@ class GradientTaker:
             hook.remove()
 
     def _take(self, name: str, grads: tuple[Tensor, ...]) -> Any:
-        if self._out is None or self._parameters[name].grad is not None:
+        if self._scale is None or self._parameters[name].grad is not None:
             raise self._meddled(name)
-        place, grad = self._out.flat[name], grads[0].reshape(-1)
         if name in self._squares:
             self._finished_twice(name)
-            place.add_(grad.cpu(), alpha=self._scale)
-            self._squares[name] = _scaled(place, 1.0, place)
+            self._squares[name] = self._way.add(name, grads[0].reshape(-1), self._scale)
         else:
-            self._squares[name] = _scaled(grad, self._scale, place)
+            self._squares[name] = self._way.put(name, grads[0].reshape(-1), self._scale)
         if self._waiting is not None:
             self._waiting.took(name)
-            self._take_small(self._out)
+            self._take_small(self._scale)
         return (None,)  # nothing is left to accumulate
 
-    def _take_small(self, places: _Places) -> None:
+    def _take_small(self, scale: float) -> None:
         """Move the small ones that are there."""
-        scale, squares = self._factor(), self._squares
-        for name, parameter, place in places.small:
+        squares, put = self._squares, self._way.put_small
+        for name, parameter in self._small.items():
             grad = parameter.grad
             if grad is None:
                 continue
             parameter.grad = None
             if name in squares:
                 self._finished_twice(name)
-            if grad.is_cpu:
-                torch.mul(grad, scale, out=place)
-            else:
-                place.copy_(grad).mul_(scale)
-            squares[name] = squared(places.flat[name])
+            squares[name] = put(name, grad, scale)
             if self._waiting is not None:
                 self._waiting.took(name)
 
@@ -170,13 +153,6 @@ class GradientTaker:
             expected = "a backward pass that finishes each gradient once, as the first one did"
             raise BadInput.described("task.loss", expected, f"{name} finished twice", do)
 
-    def _factor(self) -> Tensor:
-        """The scale as a tensor, which torch takes in half the time of a number; the same one at most steps."""
-        if self._scale != self._factor_is:
-            self._factor_is = self._scale
-            self._factor_tensor = torch.tensor(self._scale, dtype=self._layout.torch_dtype)
-        return self._factor_tensor
-
     @staticmethod
     def _meddled(name: str) -> BadInput:
         do = "leave .grad and backward() to the run"
@@ -184,11 +160,137 @@ class GradientTaker:
         return BadInput.described("task.loss", "a loss that leaves gradients alone", found, do)
 
 
+class _InPlace:
+    """The way of what the CPU computes: straight into its place. What is put or added gives the square of its norm."""
+
+    at_once = True  # what is put is there
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._known: dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}  # by the address of the flat vector
+        self._places: dict[str, Tensor] = {}
+        self._shaped: dict[str, Tensor] = {}
+        self._scale, self._factor = 1.0, torch.ones((), dtype=layout.torch_dtype)
+
+    def begin(self, out: Tensor) -> None:
+        known = self._known.get(out.data_ptr())
+        if known is None:
+            known = self._known[out.data_ptr()] = (_places(self._layout, out), self._layout.views(out))
+        self._places, self._shaped = known
+
+    def put(self, name: str, grad: Tensor, scale: float) -> float:
+        return _scaled(grad, scale, self._places[name])
+
+    def put_small(self, name: str, grad: Tensor, scale: float) -> float:
+        if scale != self._scale:  # torch takes a tensor in half the time of a number; it is the same one at most steps
+            self._scale, self._factor = scale, torch.tensor(scale, dtype=self._layout.torch_dtype)
+        torch.mul(grad, self._factor, out=self._shaped[name])
+        return squared(self._places[name])
+
+    def add(self, name: str, grad: Tensor, scale: float) -> float:
+        place = self._places[name].add_(grad, alpha=scale)
+        return _scaled(place, 1.0, place)
+
+    def zero(self, name: str) -> None:
+        self._places[name].zero_()
+
+    def end(self, square: float, told: Callable[[str], None]) -> float:
+        return square
+
+
+class _FromCard:
+    """The way of what a card computes: scaled there into one vector, and copied from it while autograd goes on.
+
+    The copy of a large one begins at once, those of the small ones, which lie together, at the end. The norm is
+    computed on the card, and read when everything has been copied; until then squares are 0.
+    """
+
+    at_once = False
+
+    def __init__(self, layout: Layout, card: Card, large: Collection[str]) -> None:
+        self._card, self._layout = card, layout
+        ends = [entry.start for entry in layout.entries[1:]] + [layout.size]  # each with the zeros behind it
+        spans = {entry.name: slice(entry.start, end) for entry, end in zip(layout.entries, ends, strict=True)}
+        self._large = {name: span for name, span in spans.items() if name in large}
+        self._rest = {name: span for name, span in spans.items() if name not in large}
+        self._leaving: dict[str, Callable[[], None]] = {}  # large ones in the order of their last copies
+        self._out = torch.empty(0)
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        return self._layout.zeros().to(self._card.device, copy=True)  # an evaluator has no need of it
+
+    @cached_property
+    def _places(self) -> dict[str, Tensor]:
+        return _places(self._layout, self._flat)
+
+    def begin(self, out: Tensor) -> None:
+        self._card.pins.pin(out.data_ptr(), out)
+        self._out = out
+        self._leaving.clear()
+
+    def put(self, name: str, grad: Tensor, scale: float) -> float:
+        torch.mul(grad, scale, out=self._places[name])
+        return self._leave(name)
+
+    def put_small(self, name: str, grad: Tensor, scale: float) -> float:
+        return self.put(name, grad.reshape(-1), scale)
+
+    def add(self, name: str, grad: Tensor, scale: float) -> float:
+        self._places[name].add_(grad, alpha=scale)
+        return self._leave(name)  # copied once more, after the first copy
+
+    def zero(self, name: str) -> None:
+        self._places[name].zero_()
+        self._leave(name)
+
+    def end(self, square: float, told: Callable[[str], None]) -> float:
+        """Return when everything is in host memory; `told` of each tensor as soon as it is there."""
+        rest = [self._copied(span) for span in _joined(self._rest.values())]
+        norm = torch.linalg.vector_norm(self._flat, dtype=torch.float64)
+        for name, done in self._leaving.items():
+            done()
+            told(name)
+        for done in rest:
+            done()
+        for name in self._rest:
+            told(name)
+        return square + float(norm.square())
+
+    def _leave(self, name: str) -> float:
+        if name in self._large:
+            self._leaving.pop(name, None)
+            self._leaving[name] = self._copied(self._large[name])
+        return 0.0
+
+    def _copied(self, span: slice) -> Callable[[], None]:
+        return self._card.copies.begin(self._out[span], self._flat[span])
+
+
+def _nobody(name: str) -> None:
+    """Is told."""
+
+
+def _places(layout: Layout, flat: Tensor) -> dict[str, Tensor]:
+    return {name: view.view(-1) for name, view in layout.views(flat).items()}
+
+
+def _joined(spans: Iterable[slice]) -> list[slice]:
+    """Spans in order, those that touch as one.
+
+    >>> _joined([slice(0, 64), slice(64, 128), slice(192, 256)])
+    [slice(0, 128, None), slice(192, 256, None)]
+    """
+    joined: list[slice] = []
+    for span in spans:
+        touches = bool(joined) and joined[-1].stop == span.start
+        first = joined.pop().start if touches else span.start
+        joined.append(slice(first, span.stop))
+    return joined
+
+
 def _scaled(grad: Tensor, scale: float, out: Tensor) -> float:
     """Write `scale` times `grad` to `out`, and return the sum of its squares, while each block is in the cache."""
-    if grad.device != out.device:
-        out.copy_(grad)
-        grad = out
     if out.numel() <= BLOCK:
         return squared(torch.mul(grad, scale, out=out))
     total = 0.0

@@ -75,7 +75,9 @@ class Plan:
     def bits(self) -> str:
         """Whether the weights are a pure function of config, seed and data on one kind of CPU."""
         whole = self.staged and self.quorum == self.order.slots and self.config.transport.dtype == "model"
-        return "promised" if whole and self.config.cluster.compute_device == "cpu" else "not promised"
+        cluster = self.config.cluster
+        on_cpu = cluster.compute_device == cluster.server_device == "cpu"
+        return "promised" if whole and on_cpu else "not promised"
 
     @property
     def model_name(self) -> str:
@@ -162,6 +164,7 @@ class Plan:
                 self.quorum,
                 consistency.staleness,
                 self.order,
+                config.cluster.server_device,
             )
         for incarnation in cast.workers:
             specs[incarnation] = WorkerSpec(
@@ -227,6 +230,7 @@ class Plan:
         copies = _state_copies(self.optimizer, self.layout)
         shard = max(part.size for part in self.layout.slices(self.config.cluster.servers)) * itemsize
         pushes = self._pushes()
+        on_card = self.config.cluster.server_device == "cuda"
         return {
             "task": self.model_name,
             "mode": self.config.consistency.mode,
@@ -245,7 +249,8 @@ class Plan:
             "bytes_pushed_per_step": pushes * state,
             "bytes_pulled_per_step": (self.config.cluster.workers if self.staged else self.order.slots) * state,
             "bytes_worker": (2 + self._gradients_held()) * state,
-            "bytes_shard": (3 + copies + self._gradients_staged()) * shard,
+            "bytes_shard": (3 + (0 if on_card else copies) + self._gradients_staged()) * shard,
+            "bytes_shard_card": (1 + copies) * shard if on_card else 0,
             "warnings": list(self.warnings),
         }
 
@@ -273,6 +278,7 @@ class Plan:
         """The plan in words, for `--dry-run`."""
         d = self.as_dict()
         shards = ", ".join(f"{elements:,}" for elements in d["shard_elements"])
+        card = f" and {_bytes(d['bytes_shard_card'])} of its GPU" if d["bytes_shard_card"] else ""
         return [
             self.headline(),
             *(f"warning: {warning}" for warning in self.warnings),
@@ -283,7 +289,7 @@ class Plan:
             f"traffic     a step pushes {_bytes(d['bytes_pushed_per_step'])} and pulls "
             f"{_bytes(d['bytes_pulled_per_step'])}, all workers together",
             f"memory      about {_bytes(d['bytes_worker'])} a worker plus activations of one slot and data, "
-            f"{_bytes(d['bytes_shard'])} a shard; each process has about 400 MB of libraries besides",
+            f"{_bytes(d['bytes_shard'])} a shard{card}; each process has about 400 MB of libraries besides",
             f"same bits   {d['bits']}",
         ]
 

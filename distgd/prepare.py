@@ -95,8 +95,10 @@ def _check_model(replica: Replica, config: Config) -> None:
             do = "look at its initialization"
             raise BadInput.described("task.model", "finite initial weights", f"NaN or infinity in {name}", do)
     cluster = config.cluster
-    if cluster.backend == "inprocess" and cluster.compute_device == "cuda" and not torch.cuda.is_available():
-        raise BadInput.described("cluster.device", "a CUDA GPU on this machine", "none", "set cluster.device=cpu")
+    devices = {"cluster.device": cluster.compute_device, "cluster.server_device": cluster.server_device}
+    key = next((key for key, device in devices.items() if device == "cuda"), None)
+    if cluster.backend == "inprocess" and key and not torch.cuda.is_available():
+        raise BadInput.described(key, "a CUDA GPU on this machine", "none", f"set {key}=cpu")
 
 
 def _check_batch_norm(replica: Replica, order: Order, steps: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from distgd import tasks
+from distgd.device import Card
 from distgd.errors import BadInput, RunFailed, blaming
 from distgd.events import SlotStats
 from distgd.gradients import GradientTaker, Watch
@@ -131,6 +132,7 @@ class Replica:
     Args:
         frozen: values of the parameters that take no gradient, by name; the driver's, so that all replicas agree.
         clip: limit of the norm of a slot's mean gradient, None for none.
+        card: what `device` is, None for the CPU; found by `device` where it is left out.
     """
 
     def __init__(
@@ -140,10 +142,12 @@ class Replica:
         device: str = "cpu",
         frozen: Mapping[str, Array] | None = None,
         clip: float | None = None,
+        card: Card | None = None,
     ) -> None:
         self.task = task
         self.seed = seed
         self.device = torch.device(device)
+        self._card = card or Card.of(self.device)
         self.clip = clip
         self.model = tasks.build(task, seed)
         for name, parameter in parameters(self.model).items():
@@ -158,7 +162,7 @@ class Replica:
         self.buffer_layout = BufferLayout.of_model(self.model)
         self.buffers = self.buffer_layout.pack(self.model)  # their committed value
         self._largest = torch.finfo(self.layout.torch_dtype).max
-        self._taker = GradientTaker(self.layout, self.model)
+        self._taker = GradientTaker(self.layout, self.model, self._card)
         self._modules = tuple(self.model.modules())
         self._plain_modes = all(type(module).train is nn.Module.train for module in self._modules)
 
@@ -175,13 +179,28 @@ class Replica:
             shared: parameters may be views of a shard's own memory, which changes when it applies a step; else, and
                 where they cannot be, slices are copied.
         """
-        for part in slices:
-            array = weights[part.index]
-            views = shared and self.device.type == "cpu"
-            if not (views and self._window.show(part.start * self.layout.itemsize, array)):
-                self.flat[part.start : part.stop].copy_(tensor_of(array))
+        if self._card is not None:
+            self._install_on(self._card, slices, weights, shared)
+        else:
+            for part in slices:
+                array = weights[part.index]
+                if not (shared and self._window.show(part.start * self.layout.itemsize, array)):
+                    self.flat[part.start : part.stop].copy_(tensor_of(array))
         if buffers is not None:
             self.buffers = buffers
+
+    def _install_on(self, card: Card, slices: Sequence[Slice], weights: Mapping[int, Array], shared: bool) -> None:
+        """Begin the copies to the card; what it computes next comes after them.
+
+        The memory of a shard itself stays, and what is computed from weights that were stepped meanwhile is dropped,
+        so that nobody waits for its copy. What a message brought may go away at once.
+        """
+        for part in slices:
+            array = weights[part.index]
+            value, stays = tensor_of(array), shared and not array.flags.writeable
+            pinned = stays and card.pins.pin(part.index, value, read_only=True)
+            card.copies.begin(self.flat[part.start : part.stop], value, blocking=not pinned)
+        card.copies.join()
 
     def gradient(
         self, source: Source, order: Order, step: int, slot: int, out: Tensor, watch: Watch | None = None

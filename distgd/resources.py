@@ -34,7 +34,7 @@ class Resources:
 def by_role(config: Config) -> dict[str, Resources]:
     """What a process of each role asks for."""
     return {
-        "server": Resources(SERVER_CPUS, 0.0),
+        "server": Resources(SERVER_CPUS, config.cluster.server_gpus),
         "worker": Resources(config.cluster.cpus, config.cluster.gpus),
         "evaluator": Resources(config.eval.cpus, config.eval.gpus),
     }

@@ -6,6 +6,7 @@ requests and ends on `Stop`.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,10 @@ import numpy as np
 import torch
 
 from distgd import events as ev
+from distgd.device import Card
+from distgd.errors import BadInput
 from distgd.layout import Slice
+from distgd.mirror import MirroredOptimizer
 from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule
 from distgd.policy import Immediate, Policy, Staged
 from distgd.rules import ShardRules
@@ -24,6 +28,8 @@ from distgd.transport.segments import Allocate
 
 BLOCK = 1 << 19
 """Elements stepped at once: few enough for the cache, and so many that the cost of torch's calls does not show."""
+CARD_BLOCK = 1 << 22
+"""Elements stepped at once on a card: so many that the cost of copies and kernels that are started does not show."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,29 @@ class ServerSpec:
     quorum: int
     staleness: int | None
     order: Order
+    device: str = "cpu"
 
     role = "server"
 
     def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Server:
-        """Make the server, its weights in memory from `allocate`; one intra-op thread, as many share a machine."""
+        """Make the server, its weights in memory from `allocate`; one intra-op thread, as many share a machine.
+
+        Raises:
+            BadInput: it is to have a card, and there is none.
+        """
         torch.set_num_threads(1)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            do = "set cluster.server_device=cpu cluster.server_gpus=0, or choose nodes with GPUs"
+            raise BadInput.at("cluster.server_device", "a CUDA GPU for every server", f"none on {platform.node()}", do)
         return Server(self, clock, allocate)
+
+    def stepper(self, weights: torch.Tensor) -> PieceOptimizer:
+        """The optimizer of `weights`, [part.size] in host memory."""
+        card = Card.of(torch.device(self.device))
+        if card is not None:
+            return MirroredOptimizer(self.optimizer, self.part, weights, card, block=CARD_BLOCK)
+        pieces = [(p.name, weights[p.start : p.start + p.size]) for p in self.part.pieces]
+        return PieceOptimizer(self.optimizer, pieces, block=BLOCK)
 
     def policy(self) -> Policy:
         """The rule of the run's mode."""
@@ -69,13 +91,12 @@ class Server:
     def __init__(self, spec: ServerSpec, clock: Callable[[], float], allocate: Allocate) -> None:
         weights = torch.from_numpy(allocate(spec.part.size, spec.weights.dtype.str))
         weights.copy_(torch.from_numpy(spec.weights))
-        pieces = [(p.name, weights[p.start : p.start + p.size]) for p in spec.part.pieces]
         self.shard = Shard(
             spec.rules,
             spec.part,
             weights,
             spec.buffers,
-            PieceOptimizer(spec.optimizer, pieces, block=BLOCK),
+            spec.stepper(weights),
             spec.policy(),
             spec.schedule,
             eager=spec.quorum == spec.rules.slots,

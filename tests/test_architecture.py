@@ -31,8 +31,9 @@ FLOORS = {
             "errors config events",  # words
             "layout optim policy ledger reduce codecs faults diagnostics rules staging returning "  # pure
             "snapshots shard stopping features",
-            "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
-            "server worker adder evaluator driver assignment evaluations gradients replica tally",  # actors
+            "memory wire transport device tasks sources table checkpoint records tracking progress report "  # doors
+            "weights",
+            "server worker adder evaluator driver assignment evaluations gradients replica mirror tally",  # actors
             "cluster inprocess resources",  # the engine
             "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )

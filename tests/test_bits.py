@@ -213,3 +213,4 @@ def test_bits_are_promised_in_full_sync_mode_on_a_cpu_alone() -> None:
     assert bits(consistency={"quorum": 3}) == "not promised"
     assert bits(consistency={"mode": "async"}) == "not promised"
     assert bits(cluster={"gpus": 1, "backend": "ray"}) == "not promised"
+    assert bits(cluster={"server_device": "cuda", "server_gpus": 0.5, "backend": "ray"}) == "not promised"

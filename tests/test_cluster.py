@@ -290,6 +290,7 @@ def test_a_deadline_names_who_was_waited_for_and_in_which_phase(ray_cluster: Non
     ("cluster", "words"),
     [
         ({"gpus": 1.0}, "cluster.gpus: expected at most the 0 GPUs of this machine in all, found 2.0"),
+        ({"server_device": "cuda", "server_gpus": 0.5}, "at most the 0 GPUs of this machine in all, found 0.5"),
         ({"device": "cuda"}, "cluster.device: expected a CUDA GPU for every worker, found 'none on"),
     ],
 )
@@ -396,12 +397,17 @@ def listens(port: int) -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("consistency", [{"mode": "sync"}, {"mode": "async"}], ids=lambda c: c["mode"])
-def test_a_model_on_a_gpu_learns(tmp_path: Path, consistency: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "cluster",
+    [["gpus=0.5"], ["gpus=0.25", "server_device=cuda", "server_gpus=0.25"], ["server_device=cuda", "server_gpus=0.5"]],
+    ids=["workers", "all", "servers"],
+)
+def test_a_model_on_a_gpu_learns(tmp_path: Path, consistency: dict[str, Any], cluster: list[str]) -> None:
     result = train(
         CONFIGS / "quickstart.yaml",
         f"run.storage={tmp_path}",
         "tracking.uri=none",
-        "cluster.gpus=0.5",
+        *(f"cluster.{key}" for key in cluster),
         f"consistency.mode={consistency['mode']}",
     )
     assert result.metrics["eval/accuracy"] >= 0.94

@@ -300,8 +300,8 @@ class Wide(Line):
 def checkpointed_twice(wide: Tensor) -> Tensor:
     """`wide` is no input, as a module's parameter is none, so that each part finishes its gradient by itself."""
     one = torch.ones((), requires_grad=True)
-    part: Any = lambda x: wide * x  # noqa: E731
-    return checkpoint(part, one, use_reentrant=True) + checkpoint(part, one, use_reentrant=True)
+    once, again = (checkpoint(lambda x: wide * x, one, use_reentrant=True) for _ in range(2))
+    return once + again  # each has a backward pass of its own, which finishes the gradient of `wide`
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,10 @@ class Cluster(Section):
     """GPUs that Ray sets aside for a worker."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; auto is cuda when gpus > 0, else cpu."""
+    server_device: Literal["cpu", "cuda"] = "cpu"
+    """Where servers keep the optimizer's state and step; with cuda host memory holds a copy of the weights."""
+    server_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """GPUs, or a part of one, that Ray sets aside for a server; only with server_device cuda."""
     threads: Count = 1
     """Threads of a worker's torch; part of what decides the bits."""
     start_timeout: Positive | None = None
@@ -179,6 +183,16 @@ class Cluster(Section):
         if self.start_timeout is None:
             return 90.0 if self.address is None else 600.0
         return self.start_timeout
+
+    @model_validator(mode="after")
+    def _servers_find_their_cards(self) -> Self:
+        if self.server_device == "cpu" and self.server_gpus:
+            do = "set cluster.server_device=cuda, or remove it"
+            refuse("cluster.server_gpus", "0 with cluster.server_device=cpu", self.server_gpus, do)
+        if self.server_device == "cuda" and not self.server_gpus and self.backend == "ray":
+            do = "set it, such as cluster.server_gpus=0.25, as Ray hides the GPUs from whoever asks for none"
+            refuse("cluster.server_gpus", "more than 0 with cluster.server_device=cuda", self.server_gpus, do)
+        return self
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:

@@ -129,7 +129,7 @@ class PieceOptimizer:
 
     Args:
         spec: what `resolve_optimizer` returned.
-        pieces: name of the parameter and its piece, a 1-D contiguous view of the shard's weights in host memory.
+        pieces: name of the parameter and its piece, a 1-D contiguous view of the weights that are stepped.
             A shard is contiguous, so it has one piece of a parameter at most.
         block: about how many elements a block has, a multiple of 64, since cuts elsewhere would change bits; None for
             all in one.
