@@ -29,11 +29,11 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features",  # pure
-            "memory wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
+            "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features cost",  # pure
+            "memory machine wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
             "server worker evaluator driver assignment evaluations gradients replica tally",  # actors, as plain classes
             "cluster inprocess resources",  # the engine
-            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
+            "trainer plan prepare forecast result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()
