@@ -14,21 +14,23 @@ With V bytes of weights, G vectors pushed, m vectors of optimizer state and S sh
 (G + 2 + 2 m) V / S bytes in each: W + 6 passes over the weights for Adam and one push a worker.
 On one node nothing is copied between processes, so that `push` and `pull` are 0.
 
-What the machine's memory and messages cost is measured (`distgd.machine`); how much of the program's own work there is
-around them are the constants below, in messages. They were set by the four points of `CALIBRATED`. docs/scaling.md holds
-the model against others.
+What memory and messages cost on a machine is measured (`distgd.machine`); how much of the program's own work there is
+around them are the constants below. They were set by the points of `CALIBRATED`; docs/scaling.md holds the model
+against others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import ceil
 
 SLOT_PASSES = 4
 """Passes over the weights in a slot: read forward and backward, a gradient made and moved to its place."""
-WORKER, SHARD, PIECE, HOP, DRIVER = 4.0, 4.0, 0.2, 1.5, 10.0
+WORKER, SHARD, PIECE, WAKE, DRIVER = 4.0, 5.0, 0.2, 1.5, 15.0
 """In messages: a worker's own work a step, a shard's, a shard's for each tensor, a sleeper's waking, the driver's."""
+WAIT = 0.35e-3
+"""Seconds that a process which is woken waits for a core, for each process a core that there are too many."""
 CALIBRATED = ((1, 1, 100_000), (2, 2, 100_000), (1, 1, 5_000_000), (2, 2, 5_000_000))
 """Workers, shards and parameters of `synthetic` by which the constants were set."""
 BUCKET = 4 << 20
@@ -157,7 +159,7 @@ class Parts:
     @property
     def total(self) -> float:
         """Seconds from commit to commit."""
-        return sum(asdict(self).values())
+        return self.compute + self.add + self.push + self.apply + self.pull + self.messages + self.driver
 
     @property
     def shares(self) -> dict[str, float]:
@@ -224,14 +226,13 @@ def best_shards(job: Job, machine: Machine, most: int, network: Network | None =
 def _compute(job: Job, node: Node, machine: Machine) -> float:
     if not node.workers:
         return 0.0
-    busy = min(node.workers, job.slots)
-    slot = job.slot + _crowding(job, machine, min(busy, machine.cores))
-    rounds = ceil(job.slots / job.workers)
-    return machine.turns(rounds * slot, job.slots * node.workers / job.workers * slot)
+    rounds, here = ceil(job.slots / job.workers), job.slots * node.workers / job.workers
+    slot = job.slot + _crowding(job, machine, min(here / rounds, machine.cores))
+    return machine.turns(rounds * slot, here * slot)
 
 
-def _crowding(job: Job, machine: Machine, busy: int) -> float:
-    """Seconds that a slot's memory traffic takes longer among `busy` than alone; never more than it is."""
+def _crowding(job: Job, machine: Machine, busy: float) -> float:
+    """Seconds that a slot's memory traffic takes longer among `busy` slots at once than alone."""
     moved = min(SLOT_PASSES * job.bytes, job.slot * machine.bandwidth)
     return moved * max(0.0, busy / machine.bandwidth_all - 1 / machine.bandwidth)
 
@@ -251,12 +252,11 @@ def _messages(job: Job, machine: Machine) -> float:
     A process that is woken waits for a core where there are more processes than cores.
     """
     pushes, workers, shards = job.pushes, job.workers, job.shards
-    agree = 2 * (shards - 1)
-    crowd = max(1.0, (workers + shards) / len(job.nodes) / machine.cores)
-    hops = (2 + (2 if shards > 1 else 0)) * (1 + HOP * crowd)
-    chain = hops + (pushes + workers - 2 + 2 * (shards - 1) + agree) / 2 + WORKER
+    agree, hops = 2 * (shards - 1), 4 if shards > 1 else 2
+    crowd = max(0.0, max(node.workers + node.shards for node in job.nodes) / machine.cores - 1)
+    chain = hops * (1 + WAKE) + (pushes + workers - 2 + 2 * (shards - 1) + agree) / 2 + WORKER
     everything = shards * (pushes + workers) + agree + workers * WORKER
-    return machine.message * machine.turns(chain, everything)
+    return machine.message * machine.turns(chain, everything) + hops * crowd * WAIT
 
 
 def _wires(job: Job, network: Network) -> tuple[float, float]:
@@ -280,15 +280,16 @@ def _moved(job: Job, node: Node, *, pipelined: bool) -> tuple[float, float]:
 
 def _vectors(workers: int, each: float, *, pipelined: bool) -> float:
     """How many vectors of the weights' size cross for the workers of a node."""
-    return min(workers, 1) if pipelined else workers * each
+    return min(workers * each, 1.0) if pipelined else workers * each
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on a node that the run's vectors take; libraries, activations and data come on top.
 
-    `weights` are the shards', which workers of the node read in place; `gradients` those of all workers; `state` the
-    optimizer's; `copies` snapshots for an evaluation, and the evaluator's own.
+    `weights` are the shards', which workers of the node read in place where a step needs every slot; `gradients` those
+    of all workers; `state` the optimizer's; `copies` what is kept for an evaluation, and workers' own where they have
+    some.
     """
 
     weights: int
@@ -302,12 +303,13 @@ class Memory:
         return self.weights + self.gradients + self.state + self.copies
 
 
-def memory(job: Job, held: Sequence[int], *, evaluated: bool) -> Memory:
+def memory(job: Job, held: Sequence[int], *, evaluated: bool, shared: bool) -> Memory:
     """What one node with all workers and shards needs.
 
     Args:
         held: gradient vectors in each worker at once.
-        evaluated: whether there is an evaluator.
+        evaluated: whether there is an evaluator: a snapshot, and the evaluator's weights.
+        shared: whether workers read the shards' own weights; else each has a copy, and the shards keep one to be read.
     """
-    size = job.bytes
-    return Memory(size, sum(held) * size, job.state * size, 2 * size if evaluated else 0)
+    copies = (2 if evaluated else 0) + (0 if shared else len(held) + 1)
+    return Memory(job.bytes, sum(held) * job.bytes, job.state * job.bytes, copies * job.bytes)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from distgd import cost, machine
-from distgd.plan import Plan, in_bytes, many
+from distgd.plan import Plan, in_bytes
 from distgd.reduce import maximal
 
 SECONDS = 0.5
@@ -64,8 +64,9 @@ class Forecast:
         """In words, for a person."""
         held = self.memory
         room = (
-            f"node        {in_bytes(held.total)} of vectors if all is on one node: weights {in_bytes(held.weights)}, "
-            f"gradients {in_bytes(held.gradients)}, optimizer {in_bytes(held.state)}, copies {in_bytes(held.copies)}"
+            f"memory      {in_bytes(held.total)} where all is on one node: weights {in_bytes(held.weights)}, gradients "
+            f"{in_bytes(held.gradients)}, optimizer {in_bytes(held.state)}, copies {in_bytes(held.copies)}; besides "
+            "activations of one slot a worker, data, and about 400 MB of libraries a process"
         )
         if self.parts is None or self.job is None:
             return [room, f"speed       not predicted: {self.unknown}"]
@@ -113,7 +114,8 @@ def forecast(plan: Plan) -> Forecast:
         state=state,
         tensors=len(plan.layout.entries),
     )
-    needed = cost.memory(job, [plan.gradients_held(each) for each in own], evaluated=plan.held_out is not None)
+    held, every_slot = [plan.gradients_held(each) for each in own], plan.staged and plan.quorum == slots
+    needed = cost.memory(job, held, evaluated=plan.held_out is not None, shared=every_slot)
     if unknown := _unknown(plan):
         return Forecast(here, needed, None, None, job.shards, 0.0, unknown)
     job = replace(job, slot=slot_seconds(plan))

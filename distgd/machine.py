@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def cores() -> int:
 def copy_bandwidth(threads: int) -> float:
     """Bytes a second, read and written ones both counted, that `threads` cores copy together."""
     pairs = [(np.zeros(COPIED, np.uint8), np.ones(COPIED, np.uint8)) for _ in range(threads)]
-    best = min(_together([lambda to=to, of=of: np.copyto(to, of) for to, of in pairs]) for _ in range(TRIES))
+    best = min(_together([partial(np.copyto, target, source) for target, source in pairs]) for _ in range(TRIES))
     return 2 * threads * COPIED / best
 
 

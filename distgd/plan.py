@@ -286,8 +286,6 @@ class Plan:
             f"{d['steps_per_epoch']:,} steps an epoch",
             f"traffic     a step pushes {in_bytes(d['bytes_pushed_per_step'])} and pulls "
             f"{in_bytes(d['bytes_pulled_per_step'])}, all workers together",
-            f"memory      about {in_bytes(d['bytes_worker'])} a worker plus activations of one slot and data, "
-            f"{in_bytes(d['bytes_shard'])} a shard; each process has about 400 MB of libraries besides",
             f"same bits   {d['bits']}",
         ]
 

@@ -30,7 +30,8 @@ FLOORS = {
         (
             "errors config events",  # words
             "layout optim policy ledger reduce codecs faults diagnostics staging shard stopping features cost",  # pure
-            "memory machine wire transport tasks sources table checkpoint records tracking progress report weights",  # doors
+            "memory machine wire transport tasks sources table checkpoint records tracking progress report "  # doors
+            "weights",
             "server worker evaluator driver assignment evaluations gradients replica tally",  # actors, as plain classes
             "cluster inprocess resources",  # the engine
             "trainer plan prepare forecast result runfolder runinfo signals compare cli __main__ __init__",  # the story
