@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from statistics import median
+from pathlib import Path
+from statistics import fmean, median
 from tempfile import TemporaryDirectory
+from time import sleep
 from typing import Any
 
 import distgd
@@ -45,7 +47,10 @@ DEMANDED = f"median of |predicted / measured - 1| <= {MOST_ERROR:.0%}; the part 
 
 @dataclass(frozen=True)
 class Point:
-    """One config: predicted before it ran, and what the run's steps took, in seconds."""
+    """One config: predicted before it ran, and what the run's steps took, in seconds.
+
+    `load` is how many other processes wanted a core before the task's first run.
+    """
 
     task: str
     workers: int
@@ -53,6 +58,7 @@ class Point:
     expected: Forecast
     seconds: float
     shares: dict[str, float]
+    load: float
 
     @property
     def held_out(self) -> bool:
@@ -112,12 +118,22 @@ def points(task: str, quick: bool) -> tuple[Point, ...]:
     with TemporaryDirectory(prefix="prove-") as folder:
         configs = [_config(task, *at, folder) for at in grid]
         plans = [trainer.prepare(config) for config in configs]
+        load = _others_at_work()
         expected = _same_machine([forecast(plan) for plan in plans])
         with shared_cluster(configs, max(plan.largest_message for plan in plans)):
             return tuple(
-                Point(task, *at, found, *_run(config, found))
+                Point(task, *at, found, *_run(config, found), load)
                 for at, config, found in zip(grid, configs, expected, strict=True)
             )
+
+
+def _others_at_work() -> float:
+    """How many processes besides this one have a core or wait for one, on average over a second."""
+    seen = []
+    for _ in range(20):
+        sleep(0.05)
+        seen.append(int(Path("/proc/loadavg").read_text(encoding="utf-8").split()[3].partition("/")[0]) - 1)
+    return fmean(seen)
 
 
 def _same_machine(found: Sequence[Forecast]) -> list[Forecast]:
@@ -167,7 +183,8 @@ def _judged(found: Sequence[Point], told: str) -> Measured:
     said = f"{told}median error {error:.0%}, bound right in {right} of {len(counted)}"
     here = found[0].expected.machine
     copies = f"copies {here.bandwidth / 1e9:.3g} GB/s alone and {here.bandwidth_all / 1e9:.3g} together"
-    facts = f"{here.cores} cores, {copies}, {here.message * 1e6:.0f} us a message"
+    other = max(point.load for point in found)
+    facts = f"{here.cores} cores, {copies}, {here.message * 1e6:.0f} us a message; {other:.1f} other processes at work"
     return Measured(said, error <= MOST_ERROR and right == len(counted), facts)
 
 
