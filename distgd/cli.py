@@ -149,10 +149,13 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> Payload:
 
 def _plan(config: Config, name: str) -> Payload:
     from distgd import trainer
+    from distgd.forecast import forecast
 
     plan = trainer.prepare(config, None, name)
     click.echo("\n".join(plan.lines()))
-    return plan.as_dict()
+    expected = forecast(plan)
+    click.echo("\n".join(expected.lines()))
+    return {**plan.as_dict(), "predicted": expected.as_dict()}
 
 
 def _train(config: Config, name: str) -> Payload:

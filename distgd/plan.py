@@ -227,10 +227,9 @@ class Plan:
         """The plan as numbers: sizes in bytes; `steps` is null where their number is not known."""
         itemsize, size = self.layout.itemsize, self.layout.size
         state = size * itemsize
-        copies = _state_copies(self.optimizer, self.layout)
         shard = max(part.size for part in self.layout.slices(self.config.cluster.servers)) * itemsize
         pushes = self._pushes()
-        on_card = self.config.cluster.server_device == "cuda"
+        on_card, copies = self.config.cluster.server_device == "cuda", self.state_vectors()
         return {
             "task": self.model_name,
             "mode": self.config.consistency.mode,
@@ -248,13 +247,13 @@ class Plan:
             "bits": self.bits,
             "bytes_pushed_per_step": pushes * state,
             "bytes_pulled_per_step": (self.config.cluster.workers if self.staged else self.order.slots) * state,
-            "bytes_worker": (2 + self._gradients_held()) * state,
+            "bytes_worker": (2 + max(map(self.gradients_held, self.own_slots()))) * state,
             "bytes_shard": (3 + (0 if on_card else copies) + self._gradients_staged()) * shard,
             "bytes_shard_card": (1 + copies) * shard if on_card else 0,
             "warnings": list(self.warnings),
         }
 
-    def _own(self) -> Sequence[Sequence[int]]:
+    def own_slots(self) -> Sequence[Sequence[int]]:
         """The slots of each worker under the first table."""
         table = assign(self.order.slots, list(range(self.config.cluster.workers)))
         return [[k for k, w in enumerate(table) if w == worker] for worker in range(self.config.cluster.workers)]
@@ -262,14 +261,20 @@ class Plan:
     def _pushes(self) -> int:
         if not self.staged or self.quorum < self.order.slots:
             return self.order.slots
-        return sum(len(maximal(own, self.order.slots)) for own in self._own())
+        return sum(len(maximal(own, self.order.slots)) for own in self.own_slots())
 
-    def _gradients_held(self) -> int:
-        """Gradient vectors in a worker at once: its pushed sums, and one per level of the sum under way."""
-        if not self.staged:
-            return 1
-        most = max(self._own(), key=len)
-        return len(maximal(most, self.order.slots)) + len(most).bit_length() - 1
+    def gradients_held(self, own: Sequence[int]) -> int:
+        """Gradient vectors at once in a worker with these slots: its sums, and one per level of the one under way."""
+        if not self.staged or not own:
+            return min(1, len(own)) if self.staged else 1
+        return len(maximal(own, self.order.slots)) + len(own).bit_length() - 1
+
+    def state_vectors(self) -> int:
+        """Vectors of the weights' size that the optimizer keeps, counted on one element."""
+        trial = torch.zeros(1, dtype=self.layout.torch_dtype)
+        optimizer = PieceOptimizer(replace(self.optimizer, groups=()), [("trial", trial)])
+        optimizer.step([torch.ones(1, dtype=self.layout.torch_dtype)])
+        return len(optimizer.state_dict()["elementwise"].get("trial", {}))
 
     def _gradients_staged(self) -> int:
         return self.order.slots if self.quorum < self.order.slots else min(self._pushes(), 2)
@@ -278,7 +283,7 @@ class Plan:
         """The plan in words, for `--dry-run`."""
         d = self.as_dict()
         shards = ", ".join(f"{elements:,}" for elements in d["shard_elements"])
-        card = f" and {_bytes(d['bytes_shard_card'])} of its GPU" if d["bytes_shard_card"] else ""
+        card = [f"GPU memory  {in_bytes(d['bytes_shard_card'])} a shard"] if d["bytes_shard_card"] else []
         return [
             self.headline(),
             *(f"warning: {warning}" for warning in self.warnings),
@@ -286,23 +291,19 @@ class Plan:
             f"elements by shard: {shards}",
             f"data        {d['samples']:,} samples, batch {d['batch']} in {d['slots']} slots, "
             f"{d['steps_per_epoch']:,} steps an epoch",
-            f"traffic     a step pushes {_bytes(d['bytes_pushed_per_step'])} and pulls "
-            f"{_bytes(d['bytes_pulled_per_step'])}, all workers together",
-            f"memory      about {_bytes(d['bytes_worker'])} a worker plus activations of one slot and data, "
-            f"{_bytes(d['bytes_shard'])} a shard{card}; each process has about 400 MB of libraries besides",
+            f"traffic     a step pushes {in_bytes(d['bytes_pushed_per_step'])} and pulls "
+            f"{in_bytes(d['bytes_pulled_per_step'])}, all workers together",
+            *card,
             f"same bits   {d['bits']}",
         ]
 
 
-def _state_copies(spec: OptimizerSpec, layout: Layout) -> int:
-    """Vectors of the weights' size that the optimizer keeps, counted on one element."""
-    trial = torch.zeros(1, dtype=layout.torch_dtype)
-    optimizer = PieceOptimizer(replace(spec, groups=()), [("trial", trial)])
-    optimizer.step([torch.ones(1, dtype=layout.torch_dtype)])
-    return len(optimizer.state_dict()["elementwise"].get("trial", {}))
+def in_bytes(count: int) -> str:
+    """A number of bytes, in words.
 
-
-def _bytes(count: int) -> str:
+    >>> in_bytes(1_500_000)
+    '1.5 MB'
+    """
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

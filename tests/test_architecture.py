@@ -30,12 +30,12 @@ FLOORS = {
         (
             "errors config events",  # words
             "layout optim policy ledger reduce codecs faults diagnostics rules staging returning "  # pure
-            "snapshots shard stopping features",
-            "memory wire transport device tasks sources table checkpoint records tracking progress report "  # doors
-            "weights",
+            "snapshots shard stopping features cost",
+            "memory machine wire transport device tasks sources table checkpoint records tracking "  # doors
+            "progress report weights",
             "server worker adder evaluator driver assignment evaluations gradients replica mirror tally",  # actors
             "cluster inprocess resources",  # the engine
-            "trainer plan prepare result runfolder runinfo signals compare cli __main__ __init__",  # the story
+            "trainer plan prepare forecast result runfolder runinfo signals compare cli __main__ __init__",  # the story
         )
     )
     for room in rooms.split()

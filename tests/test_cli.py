@@ -207,7 +207,8 @@ def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert main(["train", COUNTING, "--dry-run"]) == 0
     assert capsys.readouterr().out.strip()
     assert main(["train", COUNTING, "--dry-run", "--json"]) == 0
-    assert last_object(capsys.readouterr().out)
+    found = last_object(capsys.readouterr().out)
+    assert found["predicted"]["step_s"] > 0 and found["predicted"]["bytes_node"]["total"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
