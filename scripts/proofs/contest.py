@@ -12,6 +12,7 @@ import shutil
 import socket
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,8 +37,9 @@ def python(module: str, *arguments: object) -> list[str]:
 
 
 def last_object(module: str, *arguments: object, cwd: Path) -> dict[str, Any]:
-    """Run a module to its end; the JSON object that it printed last."""
-    return outside.run(python(module, *arguments), cwd, environment(OMP_NUM_THREADS="1")).checked().result
+    """Run a module to its end; the JSON object that it printed last. Ray, where it uses that, writes no token."""
+    env = environment(OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled")
+    return outside.run(python(module, *arguments), cwd, env).checked().result
 
 
 @dataclass
@@ -71,7 +73,7 @@ def best(candidates: Sequence[Any], run: Callable[[Any], float]) -> Any:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """exp of the mean of the logarithms."""
+    """The exponential of the mean of the logarithms."""
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
@@ -85,11 +87,12 @@ def steps_for(workers: int, parameters: int, *, numbers: float, most: int, least
 
 @dataclass(frozen=True)
 class DDPTimes:
-    """One bucket size: milliseconds of a step, and of backward alone (0 where there is none)."""
+    """One bucket size: median milliseconds of a step and of backward alone (0 where there is none), the mean step's."""
 
     bucket_mb: float
     step: float
     backward: float
+    mean: float
 
 
 def port() -> int:
@@ -108,12 +111,18 @@ def ddp(name: str, workers: int, steps: int, buckets: Sequence[float], cwd: Path
 def read_ddp(printed: str) -> list[DDPTimes]:
     """What `proofs.ddp` printed."""
     return [
-        DDPTimes(found["bucket_mb"], _ms(found["step"]), _ms(found["backward"]) if found["backward"] else 0.0)
+        DDPTimes(
+            found["bucket_mb"],
+            median_ms(found["step"]),
+            median_ms(found["backward"]) if found["backward"] else 0.0,
+            1e3 * statistics.fmean(found["step"][WARM:]),
+        )
         for found in map(json.loads, filter(lambda line: line.startswith("{"), printed.splitlines()))
     ]
 
 
-def _ms(seconds: Sequence[float]) -> float:
+def median_ms(seconds: Sequence[float]) -> float:
+    """The median of a contestant's steps without the first few, in milliseconds."""
     return 1e3 * statistics.median(seconds[WARM:])
 
 
@@ -145,6 +154,11 @@ def config(name: str, workers: int, steps: int, folder: Path, **sections: Any) -
 def ours(name: str, workers: int, steps: int, folder: Path, **sections: Any) -> dict[str, Any]:
     """The result of `distgd train`, tracking at its defaults; what the run wrote is removed."""
     command = python("distgd", "train", config(name, workers, steps, folder, **sections), "--json")
+    return result_of(command, folder)
+
+
+def result_of(command: list[str], folder: Path) -> dict[str, Any]:
+    """Run a `distgd train` with `--json` in a folder, which is empty again afterwards."""
     try:
         return outside.run(command, folder, environment()).checked().result
     finally:
@@ -157,3 +171,21 @@ def clear(folder: Path) -> None:
         shutil.rmtree(folder / left, ignore_errors=True)
     for file in ("mlflow.db", "slow"):
         (folder / file).unlink(missing_ok=True)
+
+
+# Others.
+
+
+def ray_train(workers: int, parameters: int, steps: int, folder: Path) -> dict[str, Any]:
+    """Ray Train on `synthetic`: what `proofs.ray_train` writes, and `began`, when its process was started."""
+    out, began = folder / "ray_train.json", time.time()
+    command = python("proofs.ray_train", workers, parameters, steps + WARM, out)
+    outside.run(command, folder, environment(OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled")).checked()
+    return {"began": began, **json.loads(out.read_text(encoding="utf-8"))}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

@@ -1,9 +1,9 @@
 """What both sides of `scripts/prove speed` train, by name, and the batch that a worker of DDP has.
 
-    synthetic:P     P parameters in four tensors and next to no compute
-    char-lm         the built-in transformer on characters
-    mlp             a perceptron of 1.9 million parameters on made-up images
-    sleepy:MS       a step's compute is a sleep of so many milliseconds; one worker sleeps five times as long
+synthetic:P     P parameters in four tensors and next to no compute
+char-lm         the built-in transformer on characters
+mlp             a perceptron of 1.9 million parameters on made-up images
+sleepy:MS       a step's compute is a sleep of so many milliseconds; one worker sleeps five times as long
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The parameter server of Ray's own documentation: one actor, gradients as objects of Ray's store.
 
-After docs.ray.io, "Parameter Server": the actor holds the model and applies the gradients of all workers, each worker is
-an actor that takes the weights and gives a gradient, and the loop hands object references around. Adam is fused here,
-and a worker's gradients are there already, so that what is measured is synchronization alone. Run as
+After docs.ray.io, "Parameter Server": the actor holds the model and applies the gradients of all workers, each worker
+is an actor that takes the weights and gives a gradient, and the loop hands object references around. Adam is fused
+here, and a worker's gradients are there already, so that what is measured is synchronization alone.
 
     python -m proofs.ray_ps WORKERS PARAMETERS STEPS
 
-it prints one JSON object: seconds of each step.
+prints one JSON object: seconds of each step.
 """
 
 from __future__ import annotations

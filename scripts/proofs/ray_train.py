@@ -1,9 +1,9 @@
-"""Ray Train's TorchTrainer on the task `synthetic`. Run as
+"""Ray Train's TorchTrainer on the task `synthetic`.
 
     python -m proofs.ray_train WORKERS PARAMETERS STEPS OUT
 
-it writes a JSON object to OUT: seconds of each step, and the moment (seconds since the epoch) of the first update's end.
-The model is wrapped as DDP at its best is, with the bucket size that torch has by default.
+writes a JSON object to OUT: seconds of each step, and the moment at which the first update was done, in seconds since
+the epoch. The model is wrapped as DDP at its best is, with the bucket size that torch has by default.
 """
 
 from __future__ import annotations
