@@ -4,9 +4,8 @@ Gradients are views of the buckets, the graph is static, Adam is fused, every pr
 
     python -m proofs.ddp MODEL WORKERS STEPS BUCKET_MB...
 
-it starts the workers here, talking over the loopback device, or is the one that RANK says. For each bucket size it
-prints one JSON object: seconds of each step, and of backward passes without synchronization. MODEL `reduce:P` is an
-all-reduce of one flat tensor of P numbers and fused Adam on each rank, and has no buckets.
+it starts the workers here, on the loopback device, or is the one that RANK says. It prints a JSON object for each
+bucket size: seconds of steps, and of backward without synchronization. MODEL `reduce:P` is an all-reduce of P numbers.
 """
 
 import json
@@ -39,7 +38,7 @@ def train(name: str, steps: int, bucket_mb: float) -> dict[str, list[float]]:
             optimizer.step()
         return time.perf_counter() - began
 
-    return {name: [step(synchronize=name == "step") for _ in range(steps)] for name in ("step", "backward")}
+    return {which: [step(synchronize=which == "step") for _ in range(steps)] for which in ("step", "backward")}
 
 
 def reduce(parameters: int, steps: int) -> dict[str, list[float]]:
@@ -73,8 +72,7 @@ def rank(me: int, name: str, workers: int, steps: int, buckets: list[float]) -> 
 
 if __name__ == "__main__":
     asked = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), list(map(float, sys.argv[4:])))
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= here | dict(os.environ)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
     if "RANK" in os.environ:
         rank(int(os.environ["RANK"]), *asked)
     else:

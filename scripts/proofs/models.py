@@ -45,8 +45,8 @@ class MLP:
         return torch.rand(self.samples, 784, generator=chance), torch.arange(self.samples) % 10
 
 
-class Sleepy(Synthetic):
-    """A step sleeps; of all workers one sleeps `SLOWER` times as long.
+class Sleepy:
+    """A small `synthetic` whose step sleeps; of all workers one sleeps `SLOWER` times as long.
 
     Under DDP that is the last rank. Workers of a run here have no number, so that it is the one that makes the file
     `slow` in `folder` first; the driver, which tries a slot, is none.
@@ -57,24 +57,33 @@ class Sleepy(Synthetic):
     """
 
     def __init__(self, milliseconds: float = 20.0, folder: str = "") -> None:
-        super().__init__(parameters=10_000)
-        object.__setattr__(self, "seconds", milliseconds / 1e3)
-        object.__setattr__(self, "folder", folder)
+        self._small = Synthetic(parameters=10_000)
+        self._seconds, self._folder = milliseconds / 1e3, Path(folder)
+        self._slow: bool | None = None
+
+    def model(self) -> nn.Module:
+        """10,000 parameters."""
+        return self._small.model()
+
+    def train_data(self) -> Tensor:
+        """As of `synthetic`."""
+        return self._small.train_data()
 
     def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
         """Sleep, then what `synthetic` does."""
-        if not hasattr(self, "slow"):
-            object.__setattr__(self, "slow", self._claims())
-        time.sleep(self.seconds * (SLOWER if self.slow else 1))  # type: ignore[attr-defined]
-        return super().loss(model, batch)
+        if self._slow is None:
+            self._slow = self.claims()
+        time.sleep(self._seconds * (SLOWER if self._slow else 1))
+        return self._small.loss(model, batch)
 
-    def _claims(self) -> bool:
+    def claims(self) -> bool:
+        """Whether this process is the slow worker."""
         if "RANK" in os.environ:
             return int(os.environ["RANK"]) == torch.distributed.get_world_size() - 1
         if b"Worker" not in Path("/proc/self/cmdline").read_bytes():
             return False
         try:
-            (Path(self.folder) / "slow").touch(exist_ok=False)  # type: ignore[attr-defined]
+            (self._folder / "slow").touch(exist_ok=False)
         except FileExistsError:
             return False
         return True

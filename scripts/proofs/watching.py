@@ -58,7 +58,7 @@ def watched(
 def see(processes: Sequence[str]) -> Seen:
     """All of them now; those that end meanwhile count nothing."""
     rollups = [_rollup(pid) for pid in processes]
-    segments = {line.split(b"memfd:distgd")[0].split()[-1] for pid in processes for line in _memfd(pid)}
+    segments = {inode for pid in processes for inode in _segments(pid)}
     return Seen(
         len(processes),
         sum(rollup.get("Pss", 0) for rollup in rollups),
@@ -74,9 +74,9 @@ def _rollup(pid: str) -> dict[str, int]:
     return {words[0].rstrip(":"): 1024 * int(words[1]) for words in map(str.split, lines)}
 
 
-def _memfd(pid: str) -> list[bytes]:
-    """Lines of the memory map that belong to a run's segments; the word before the name is the inode."""
-    return [line for line in outside.content(pid, "maps").splitlines() if b"memfd:distgd" in line]
+def _segments(pid: str) -> list[bytes]:
+    """Inodes of a run's segments that a process has mapped: the fifth word of a line (proc(5), maps)."""
+    return [line.split()[4] for line in outside.content(pid, "maps").splitlines() if b"memfd:distgd" in line]
 
 
 def _files(pid: str) -> int:
