@@ -12,7 +12,7 @@ from proofs import contest
 from proofs.contest import ours
 from proofs.models import SAMPLES, SLOWER
 from proofs.rows import Bench, Measured, Proof
-from proofs.watching import Seen, last_step, see, watched
+from proofs.watching import Seen, last_step, of_the_run, see, watched
 
 proof = Proof()
 
@@ -97,21 +97,22 @@ def steps_are_even(bench: Bench) -> Measured:
     return Measured(f"{ratio:.2f}, median of {told}", ratio <= 2, "configs/quickstart.yaml")
 
 
-def at_steps(bench: Bench, first: int, last: int) -> tuple[Seen, Seen]:
-    """What all processes of a run hold once these steps are done."""
-    seen: dict[int, Seen] = {}
+def at_steps(bench: Bench, first: int, last: int) -> tuple[Seen, Seen, float]:
+    """What driver and actors of a run hold once these steps are done; the growth of all processes, Ray's included."""
+    seen: dict[int, tuple[Seen, Seen]] = {}
 
     def look(processes: list[str]) -> bool:
         done = last_step(bench.folder)
         for step in (first, last):
             if done >= step and step not in seen:
-                seen[step] = see(processes)
+                seen[step] = see(of_the_run(processes)), see(processes)
         return last in seen
 
     path = contest.config("synthetic:100000", 2, last + last // 5, bench.folder)
     watched(contest.python("distgd", "train", path, "--json"), bench.folder, contest.environment(), look)
     contest.clear(bench.folder)
-    return seen[first], seen[last]
+    (before, all_before), (after, all_after) = seen[first], seen[last]
+    return before, after, all_after.resident / all_before.resident - 1
 
 
 def many_workers(bench: Bench) -> tuple[int, float, float]:
@@ -127,12 +128,13 @@ def many_workers(bench: Bench) -> tuple[int, float, float]:
 def nothing_grows(bench: Bench) -> Measured:
     """10,000 steps do not grow memory, open files or segments; 16 workers on 2 cores neither collapse nor deadlock."""
     first, last = (200, 1000) if bench.quick else (2000, 10_000)
-    before, after = at_steps(bench, first, last)
+    before, after, with_ray = at_steps(bench, first, last)
     workers, few, many = many_workers(bench)
     growth = after.resident / before.resident - 1
     found = f"resident {before.resident / 1e6:.0f} MB at step {first:,}, {growth:+.2%} at {last:,}; "
-    found += f"files {before.files} and {after.files}, segments {before.segments} and {after.segments}; "
+    found += f"with Ray's own {with_ray:+.2%}; files {before.files} and {after.files}, "
+    found += f"segments {before.segments} and {after.segments}; "
     found += f"{workers} workers: {many:.2f} ms a slot, 4 workers: {few:.2f} ms"
     same = (before.files, before.segments, before.processes) == (after.files, after.segments, after.processes)
     holds = growth < 0.02 and same and many <= 2 * few
-    return Measured(found, holds, "synthetic, 0.1M parameters; resident sizes of all processes, Ray's included")
+    return Measured(found, holds, "synthetic, 0.1M parameters; resident sizes of the run's driver and actors")

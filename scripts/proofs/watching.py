@@ -17,6 +17,7 @@ from pathlib import Path
 from proofs import outside
 
 LOOK = 0.05  # seconds between two looks
+OWN = (b"ray::Server", b"ray::Worker", b"ray::Evaluator", b"-m\0distgd\0")  # in command lines
 TAIL = 20_000  # bytes of a file of events that are read
 
 
@@ -66,6 +67,11 @@ def see(processes: Sequence[str]) -> Seen:
         sum(map(_files, processes)),
         len(segments),
     )
+
+
+def of_the_run(processes: Sequence[str]) -> list[str]:
+    """Those of them that are the run's driver and actors; Ray's own come and go and open files as they like."""
+    return [pid for pid in processes if any(word in outside.content(pid, "cmdline") for word in OWN)]
 
 
 def _rollup(pid: str) -> dict[str, int]:
