@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes.append(row.run(quick=asked.quick))
         print(outcomes[-1].text(), flush=True)
     if page is not None:
-        page.write(asked.name, outcomes)
-        proof.draw(outcomes, DOCS / "img")
+        page.write(asked.name, outcomes, proof.draw(outcomes, DOCS / "img"))
     missed, skipped = ([o.number for o in outcomes if o.verdict == verdict] for verdict in ("MISS", "skip"))
     told = "".join(f"; {what}: {rows}" for what, rows in (("missed", missed), ("skipped", skipped)) if rows)
     print(f"{len(outcomes) - len(missed) - len(skipped)} of {len(outcomes)} pass{told}")

@@ -18,11 +18,20 @@ STEP = {"ours ms": "distgd", "DDP ms": "DDP"}
 ALONE = {"ours ms": "distgd", "DDP ms": "gloo and Adam", "Ray ms": "Ray's documentation", "floor ms": "raw floor"}
 
 
-def draw(outcomes: Sequence[Outcome], folder: Path) -> None:
-    """speed-step.png and speed-alone.png, where the first two rows have settings."""
-    for outcome, file, names in zip(outcomes, ("speed-step.png", "speed-alone.png"), (STEP, ALONE), strict=False):
+PICTURES = (
+    ("speed-step.png", STEP, "Milliseconds a step over the number of parameters, 2 and 4 workers: distgd and DDP"),
+    ("speed-alone.png", ALONE, "The same without the model, with Ray's documentation and the raw floor"),
+)
+
+
+def draw(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
+    """Pictures of the first two rows, as far as they have settings; links to them in markdown."""
+    links = []
+    for outcome, (file, names, told) in zip(outcomes, PICTURES, strict=False):
         if outcome.settings:
             over_sizes(outcome.settings, names, folder / file)
+            links.append(f"![{told}](img/{file})")
+    return links
 
 
 def over_sizes(settings: Settings, names: Mapping[str, str], out: Path) -> None:
@@ -30,12 +39,12 @@ def over_sizes(settings: Settings, names: Mapping[str, str], out: Path) -> None:
 
     def figure() -> Figure:
         workers = sorted({setting["W"] for setting in settings})
-        made, panels = drawing.beside(len(workers), 2 * drawing.WIDTH / 1.5, 3.2)
+        made, panels = drawing.beside(len(workers), 1.3 * drawing.WIDTH, 3.4)
         for panel, count in zip(panels, workers, strict=True):
             _panel(panel, [setting for setting in settings if setting["W"] == count], names)
             panel.set_title(f"{count} workers", loc="left", fontsize=9)
         panels[0].set_ylabel("ms a step")
-        drawing.legend(panels[-1])
+        panels[0].legend(frameon=False, fontsize="small", loc="upper left")
         return made
 
     drawing.save(figure, out)

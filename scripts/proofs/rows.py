@@ -142,7 +142,7 @@ class Row:
 
 
 class Proof:
-    """Rows in the order in which they are written, and what draws their pictures into a folder.
+    """Rows in the order in which they are written, and what draws their pictures into a folder and gives links to them.
 
     >>> proof = Proof()
     >>> @proof.row("2")
@@ -153,9 +153,9 @@ class Proof:
     'pass'
     """
 
-    def __init__(self, draw: Callable[[Sequence[Outcome], Path], None] | None = None) -> None:
+    def __init__(self, draw: Callable[[Sequence[Outcome], Path], list[str]] | None = None) -> None:
         self.rows: list[Row] = []
-        self.draw = draw or (lambda outcomes, folder: None)
+        self.draw = draw or (lambda outcomes, folder: [])
 
     def row(self, demanded: str) -> Callable[[Callable[[Bench], Measured]], Callable[[Bench], Measured]]:
         """Make a row of a function; its docstring is the claim."""
@@ -184,8 +184,8 @@ class Page:
             raise ValueError(f"{path}: expected the marks {BEGIN} and {END}, found {found or 'none'} {closed}")
         self._before, self._after = before + BEGIN, END + after
 
-    def write(self, name: str, outcomes: Sequence[Outcome]) -> None:
-        """Put the table between the marks, and the same rows into the JSON file beside the page."""
+    def write(self, name: str, outcomes: Sequence[Outcome], pictures: Sequence[str] = ()) -> None:
+        """Put the table and links to pictures between the marks, and the rows into the JSON file beside the page."""
         facts = machine()
         told = ", ".join(f"{key} {value}" for key, value in facts.items())
         header = ["#", "claim", "demanded", "measured", "verdict", "seconds", "conditions"]
@@ -194,6 +194,7 @@ class Page:
             "",
             *_header(header),
             *(outcome.cells() for outcome in outcomes),
+            *(line for link in pictures for line in ("", link)),
             *(line for outcome in outcomes for line in outcome.table()),
         ]
         table = "\n".join(lines)

@@ -66,7 +66,8 @@ def step_cell(workers: int, parameters: int, bench: Bench) -> dict[str, Any]:
         backward.append(found.backward)
         return found.step
 
-    bucket = 25.0 if bench.quick else contest.best_bucket(name, workers, few, contest.BUCKETS, folder).bucket_mb
+    trial = max(12, few // 3)  # steps of DDP for each bucket size
+    bucket = 25.0 if bench.quick else contest.best_bucket(name, workers, trial, contest.BUCKETS, folder).bucket_mb
     servers = contest.best(SERVERS[:1] if bench.quick else SERVERS, run_ours)
     times = take_turns({"ours": lambda: run_ours(servers), "DDP": run_ddp}, 1 if bench.quick else TURNS)
     rival = (
