@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from proofs import models, outside
+from proofs.rows import shown
 
 ROOT = Path(__file__).parents[2]
 BUCKETS = (1, 5, 25, 100)  # MB
@@ -55,7 +56,7 @@ class Times:
     @property
     def spread(self) -> str:
         """The least and the largest turn."""
-        return f"{min(self.turns):.3g}-{max(self.turns):.3g}"
+        return f"{shown(min(self.turns))}-{shown(max(self.turns))}"
 
 
 def take_turns(contestants: Mapping[str, Callable[[], float]], turns: int) -> dict[str, Times]:
