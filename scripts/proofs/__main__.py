@@ -10,7 +10,7 @@ from pathlib import Path
 
 from proofs.rows import Outcome, Page, Proof
 
-PROOFS = ("train", "scaling")
+PROOFS = ("train", "speed", "scaling")
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -31,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         outcomes.append(row.run(quick=asked.quick))
         print(outcomes[-1].text(), flush=True)
     if page is not None:
-        page.write(asked.name, outcomes)
-    missed = [outcome.number for outcome in outcomes if outcome.verdict != "pass"]
-    print(f"{len(outcomes) - len(missed)} of {len(outcomes)} pass" + (f"; missed: {missed}" if missed else ""))
+        page.write(asked.name, outcomes, proof.draw(outcomes, DOCS / "img"))
+    missed, skipped = ([o.number for o in outcomes if o.verdict == verdict] for verdict in ("MISS", "skip"))
+    told = "".join(f"; {what}: {rows}" for what, rows in (("missed", missed), ("skipped", skipped)) if rows)
+    print(f"{len(outcomes) - len(missed) - len(skipped)} of {len(outcomes)} pass{told}")
     return 1 if missed else 0
 
 

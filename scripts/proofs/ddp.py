@@ -1,15 +1,12 @@
 """The other side of `scripts/prove speed`: PyTorch's DistributedDataParallel over gloo, at its best.
 
-Gradients are views of the buckets, the graph is static, Adam is fused, every process has one thread and talks over the
-loopback device. The best of several bucket sizes counts. Run as
+Gradients are views of the buckets, the graph is static, Adam is fused, every process has one thread. Run as
 
-    python -m proofs.ddp MODE WORKERS PARAMETERS STEPS BUCKET_MB
+    python -m proofs.ddp MODEL WORKERS STEPS BUCKET_MB...
 
-it prints one JSON object: milliseconds of each step, and of backward alone without synchronization. MODE `train` is a
-whole step of the task `synthetic`; `reduce` is an all-reduce of one flat tensor and fused Adam on each rank.
+it starts the workers here, on the loopback device, or is the one that RANK says. It prints a JSON object for each
+bucket size: seconds of steps, and of backward without synchronization. MODEL `reduce:P` is an all-reduce of P numbers.
 """
-
-from __future__ import annotations
 
 import json
 import os
@@ -22,37 +19,32 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from distgd.tasks.synthetic import Synthetic
-
-BATCH = 32  # samples a worker
+from proofs.models import contest
 
 
-def train(parameters: int, steps: int, bucket_mb: float) -> dict[str, list[float]]:
+def train(name: str, steps: int, bucket_mb: float) -> dict[str, list[float]]:
     """Seconds of every step, and of backward alone."""
-    task = Synthetic(parameters=parameters)
-    model = DistributedDataParallel(
-        task.model(), bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, static_graph=True
-    )
+    task, batch = contest(name)
+    how = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True, "static_graph": True}
+    model = DistributedDataParallel(task.model(), **how)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-    x = task.train_data()[:BATCH]
 
     def step(*, synchronize: bool) -> float:
         began = time.perf_counter()
         optimizer.zero_grad(set_to_none=False)
         with nullcontext() if synchronize else model.no_sync():
-            task.loss(model, x).backward()
+            task.loss(model, batch).backward()
         if synchronize:
             optimizer.step()
         return time.perf_counter() - began
 
-    whole = [step(synchronize=True) for _ in range(steps)]
-    return {"step": whole, "backward": [step(synchronize=False) for _ in range(max(3, steps // 4))]}
+    return {which: [step(synchronize=which == "step") for _ in range(steps)] for which in ("step", "backward")}
 
 
 def reduce(parameters: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of an all-reduce of gradients that are there already, and of the update on each rank."""
+    """Seconds of an all-reduce of gradients that are there already and of the update."""
     weights = torch.zeros(parameters)
-    weights.grad = torch.full_like(weights, 1e-3)
+    weights.grad = torch.full_like(weights, 0.0)  # zeros stay what they are, however often they are added
     optimizer = torch.optim.Adam([weights], lr=1e-3, fused=True)
 
     def step() -> float:
@@ -64,18 +56,24 @@ def reduce(parameters: int, steps: int) -> dict[str, list[float]]:
     return {"step": [step() for _ in range(steps)], "backward": []}
 
 
-def rank(me: int, mode: str, workers: int, parameters: int, steps: int, bucket_mb: float) -> None:
+def rank(me: int, name: str, workers: int, steps: int, buckets: list[float]) -> None:
     """One process; the first one prints."""
+    torch.manual_seed(0)
     torch.set_num_threads(1)
+    os.environ["RANK"] = str(me)
     dist.init_process_group("gloo", rank=me, world_size=workers)
-    found = train(parameters, steps, bucket_mb) if mode == "train" else reduce(parameters, steps)
-    if me == 0:
-        print(json.dumps(found))
+    kind, _, size = name.partition(":")
+    for bucket in buckets:
+        found = reduce(int(size), steps) if kind == "reduce" else train(name, steps, bucket)
+        if me == 0:
+            print(json.dumps({"bucket_mb": bucket, **found}), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    mode, workers, parameters, steps, bucket = sys.argv[1], *map(float, sys.argv[2:6])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29571")}
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    mp.spawn(rank, (mode, int(workers), int(parameters), int(steps), bucket), nprocs=int(workers))
+    asked = (sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), list(map(float, sys.argv[4:])))
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "GLOO_SOCKET_IFNAME": "lo", **os.environ}
+    if "RANK" in os.environ:
+        rank(int(os.environ["RANK"]), *asked)
+    else:
+        mp.spawn(rank, asked, nprocs=asked[1])

@@ -43,7 +43,7 @@ class Ended:
     def checked(self) -> Ended:
         """Itself, where it ended with 0."""
         if self.code != 0:
-            raise RuntimeError(f"distgd ended with {self.code}: {self.err.strip()[-300:]}")
+            raise RuntimeError(f"the command ended with {self.code}: {self.err.strip()[-300:]}")
         return self
 
 
@@ -52,11 +52,11 @@ def distgd(*arguments: str, cwd: Path) -> Ended:
     return run([DISTGD, *arguments], cwd)
 
 
-def run(command: list[str], cwd: Path) -> Ended:
-    """Run a command to its end; TimeoutExpired after `PATIENCE`."""
+def run(command: list[str], cwd: Path, env: dict[str, str] | None = None) -> Ended:
+    """Run a command to its end, in a person's environment or in `env`; TimeoutExpired after `PATIENCE`."""
     began = time.perf_counter()
     done = subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
+        command, cwd=cwd, env=env or environment(), capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr, time.perf_counter() - began)
 
@@ -106,7 +106,7 @@ def _watch(process: subprocess.Popen[bytes], mark: str, interrupt: Callable[[], 
     """Wait for the run's end, with Ctrl-C on the way where wanted; the most processes seen at once."""
     most, interrupted, until = 0, False, time.monotonic() + PATIENCE
     while process.poll() is None and time.monotonic() < until:
-        most = max(most, len(_processes(mark)))
+        most = max(most, len(marked(mark)))
         if not interrupted and interrupt():
             os.killpg(process.pid, signal.SIGINT)
             interrupted = True
@@ -126,7 +126,7 @@ def _traces(mark: str) -> frozenset[str]:
     folders = [f"folder {path}" for path in Path("/tmp").glob("distgd-*")]
     segments = [f"segment {path}" for path in Path("/dev/shm").iterdir()]
     sockets = [f"socket {name}" for name in _sockets().values() if "distgd" in name]
-    return frozenset([*(f"process {pid}" for pid in _processes(mark)), *folders, *segments, *sockets])
+    return frozenset([*(f"process {pid}" for pid in marked(mark)), *folders, *segments, *sockets])
 
 
 def _sockets() -> dict[str, str]:
@@ -135,15 +135,16 @@ def _sockets() -> dict[str, str]:
     return {words[6]: words[7] for words in lines if len(words) > 7}
 
 
-def _processes(mark: str) -> list[str]:
-    return [pid for pid in _everybody() if mark.encode() in _content(pid, "environ").split(b"\0")]
+def marked(mark: str) -> list[str]:
+    """The ids of all processes that have NAME=VALUE in their environment."""
+    return [pid for pid in _everybody() if mark.encode() in content(pid, "environ").split(b"\0")]
 
 
 def _everybody() -> list[str]:
     return [path.name for path in Path("/proc").glob("[0-9]*")]
 
 
-def _content(pid: str, name: str) -> bytes:
+def content(pid: str, name: str) -> bytes:
     """A file of a process; empty where the process has ended or is somebody else's."""
     try:
         return Path("/proc", pid, name).read_bytes()
@@ -153,9 +154,9 @@ def _content(pid: str, name: str) -> bytes:
 
 def _used_by_others(mark: str) -> str:
     """Command lines, mapped and open files and socket names of all processes without the mark."""
-    sockets, marked, used = _sockets(), _processes(mark), []
-    for pid in set(_everybody()) - set(marked):
-        used += [_content(pid, name).decode(errors="replace") for name in ("cmdline", "maps")]
+    sockets, ours, used = _sockets(), marked(mark), []
+    for pid in set(_everybody()) - set(ours):
+        used += [content(pid, name).decode(errors="replace") for name in ("cmdline", "maps")]
         with suppress(OSError):
             for link in Path("/proc", pid, "fd").iterdir():
                 target = os.readlink(link)

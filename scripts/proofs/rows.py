@@ -1,7 +1,8 @@
 """What a proof is: rows, each a claim, what is demanded of it, and a function that measures it.
 
 Every number comes from the run. An error in a row is a miss that says so, and the other rows go on. A full run is
-written between two marks of docs/NAME.md, whose other text is written by hand, and as docs/NAME.json.
+written between two marks of docs/NAME.md, whose other text is written by hand, and as docs/NAME.json. A row that was
+measured in several settings may have a line for each; these become a table of their own below.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 BEGIN, END = "<!-- prove:begin -->", "<!-- prove:end -->"
+
+
+class Skipped(Exception):
+    """A row cannot be measured on this machine; the message says why, and it is no miss."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,15 @@ class Bench:
 class Measured:
     """What a row found, and whether that is what was demanded.
 
-    `demanded` takes the place of the row's where the short form asks for something else.
+    `demanded` takes the place of the row's where the short form asks for something else. `settings` has a line for each
+    setting that was measured: words and numbers by name, the same names in each.
     """
 
     found: str
     holds: bool
     conditions: str = ""
     demanded: str | None = None
+    settings: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,10 @@ class Outcome:
     claim: str
     demanded: str
     measured: str
-    verdict: Literal["pass", "MISS"]
+    verdict: Literal["pass", "MISS", "skip"]
     seconds: float
     conditions: str
+    settings: Sequence[Mapping[str, Any]] = ()
 
     def text(self) -> str:
         """A few lines for a terminal."""
@@ -63,12 +71,41 @@ class Outcome:
             f"     demanded    {self.demanded}",
             f"     measured    {self.measured}",
         ]
-        return "\n".join([*lines, *([f"     conditions  {self.conditions}"] if self.conditions else [])])
+        lines += [f"     conditions  {self.conditions}"] if self.conditions else []
+        each = (", ".join(f"{name} {shown(value)}" for name, value in setting.items()) for setting in self.settings)
+        return "\n".join([*lines, *(f"       {setting}" for setting in each)])
 
     def cells(self) -> str:
         """A line of a markdown table."""
         values = [self.number, self.claim, self.demanded, self.measured, self.verdict, f"{self.seconds:.1f}"]
-        return "| " + " | ".join(str(v).replace("|", "\\|") for v in [*values, self.conditions]) + " |"
+        return _line([*values, self.conditions])
+
+    def table(self) -> list[str]:
+        """The settings as a markdown table with a line above it; nothing where there are none."""
+        if not self.settings:
+            return []
+        names = list(self.settings[0])
+        body = [_line([shown(setting[name]) for name in names]) for setting in self.settings]
+        return ["", f"Row {self.number} in each setting:", "", *_header(names), *body]
+
+
+def shown(value: object) -> str:
+    """A number with three digits that count, anything else as it is.
+
+    >>> shown(0.012345), shown(1234.5), shown(7), shown("text")
+    ('0.0123', '1,234', '7', 'text')
+    """
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _header(names: Sequence[str]) -> list[str]:
+    return [_line(names), f"|{'---|' * len(names)}"]
+
+
+def _line(values: Sequence[object]) -> str:
+    return "| " + " | ".join(str(value).replace("|", "\\|") for value in values) + " |"
 
 
 @dataclass(frozen=True)
@@ -81,11 +118,14 @@ class Row:
     measure: Callable[[Bench], Measured]
 
     def run(self, *, quick: bool) -> Outcome:
-        """Measure in a folder of its own; whatever the row raises is a miss."""
+        """Measure in a folder of its own; whatever the row raises is a miss, unless it was skipped."""
         began = time.perf_counter()
+        verdict: Literal["pass", "MISS", "skip"] | None = None
         with tempfile.TemporaryDirectory(prefix="prove-") as folder:
             try:
                 measured = self.measure(Bench(quick, Path(folder)))
+            except Skipped as why:
+                measured, verdict = Measured(f"not measured: {why}", holds=False), "skip"
             except Exception as error:  # noqa: BLE001 - the other rows go on
                 traceback.print_exc()
                 measured = Measured(f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", holds=False)
@@ -94,14 +134,15 @@ class Row:
             self.claim,
             measured.demanded or self.demanded,
             measured.found,
-            "pass" if measured.holds else "MISS",
+            verdict or ("pass" if measured.holds else "MISS"),
             round(time.perf_counter() - began, 1),
             "; ".join(filter(None, [measured.conditions, "quick" if quick else ""])),
+            measured.settings,
         )
 
 
 class Proof:
-    """Rows in the order in which they are written.
+    """Rows in the order in which they are written, and what draws their pictures into a folder and gives links to them.
 
     >>> proof = Proof()
     >>> @proof.row("2")
@@ -112,8 +153,9 @@ class Proof:
     'pass'
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[Sequence[Outcome], Path], list[str]] | None = None) -> None:
         self.rows: list[Row] = []
+        self.draw = draw or (lambda outcomes, folder: [])
 
     def row(self, demanded: str) -> Callable[[Callable[[Bench], Measured]], Callable[[Bench], Measured]]:
         """Make a row of a function; its docstring is the claim."""
@@ -142,17 +184,18 @@ class Page:
             raise ValueError(f"{path}: expected the marks {BEGIN} and {END}, found {found or 'none'} {closed}")
         self._before, self._after = before + BEGIN, END + after
 
-    def write(self, name: str, outcomes: Sequence[Outcome]) -> None:
-        """Put the table between the marks, and the same rows into the JSON file beside the page."""
+    def write(self, name: str, outcomes: Sequence[Outcome], pictures: Sequence[str] = ()) -> None:
+        """Put the table and links to pictures between the marks, and the rows into the JSON file beside the page."""
         facts = machine()
         told = ", ".join(f"{key} {value}" for key, value in facts.items())
         header = ["#", "claim", "demanded", "measured", "verdict", "seconds", "conditions"]
         lines = [
             f"Written by `scripts/prove {name}`; {told}.",
             "",
-            f"| {' | '.join(header)} |",
-            f"|{'---|' * len(header)}",
+            *_header(header),
             *(outcome.cells() for outcome in outcomes),
+            *(line for link in pictures for line in ("", link)),
+            *(line for outcome in outcomes for line in outcome.table()),
         ]
         table = "\n".join(lines)
         self.path.write_text(f"{self._before}\n{table}\n{self._after}", encoding="utf-8")
