@@ -18,7 +18,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -54,7 +54,7 @@ class InPlace:
         """As the worker does."""
         return self._worker.handle(source, event)
 
-    def perform(self, work: SlotWork) -> Computed:
+    def perform(self, work: SlotWork, emit: Callable[[ev.Effect], None]) -> Computed:
         """Nothing, but for the first time that a piece of memory is used."""
         if work.out.data_ptr() not in self._filled:
             self._filled.add(work.out.data_ptr())
@@ -100,12 +100,16 @@ class Forked:
             self._processes.append(context.Process(target=_live, args=(incarnation, wanted, secret, theirs)))
             self._processes[-1].start()
         codec = Codec(ev.MESSAGES)
-        self._endpoint = MixedEndpoint(ev.DRIVER, "driver", secret, codec, listen=True, host=None, max_bytes=MOST)
+        self._endpoint = MixedEndpoint(ev.DRIVER, "driver", secret, codec, listen="all", host=None, max_bytes=MOST)
         places = {incarnation: pipe.recv() for incarnation, pipe in pipes.items()}
         places[ev.DRIVER] = Place(HERE, self._endpoint.addresses)
         self._endpoint.meet(HERE, {incarnation: Place(HERE, ()) for incarnation in places})
         for pipe in pipes.values():
             pipe.send(places)
+
+    def nodes(self) -> tuple[tuple[int, ...], ...]:
+        """One machine."""
+        return ()
 
     def send(self, to: int, message: Any) -> None:
         """From the driver."""
@@ -128,7 +132,7 @@ class Forked:
 
 def _live(incarnation: int, spec: Spec, secret: bytes, pipe: Connection) -> None:
     with mock.patch("distgd.cluster._node_id", return_value=HERE):  # Ray would be asked
-        process = Process(incarnation, spec.role, secret, spec.role == "server", True, MOST, [])
+        process = Process(incarnation, spec.role, secret, "all" if spec.role == "server" else "", True, MOST, [])
         pipe.send(process.whereabouts())
         process.run(spec, pipe.recv())
     os._exit(0)  # nothing that the parent has open is this process's to close
