@@ -327,10 +327,14 @@ class Shard:
         return self._obey(self.policy.handle(pol.Decided(commit.step, frozenset(commit.slots), commit.apply)))
 
     def _apply_step(self, decision: pol.ApplyStep) -> list[ev.Effect]:
-        """Step at once; or, where other machines wait for weights, bucket by bucket while these are being sent."""
+        """Step at once; or, where others wait for the decision or for weights, when these have been told.
+
+        Other machines are sent weights bucket by bucket while the rest is still being stepped.
+        """
         far = [r for r in self._pulls if r[1].at_least <= self.version + 1 and self._is_far(r[0])]
         far = [r for r in far if self._returning.continues(self.version + 1, r[1].holds)]
-        if far and decision.apply:
+        others = self.leads and len(self.rules.incarnations) > 1
+        if decision.apply and (far or others):
             self._update = self._step_and_send(decision, far)
             return [ev.Update(self._update)]
         if decision.apply:

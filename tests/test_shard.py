@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distgd import events as ev
-from distgd.layout import Layout, block_squares, squared_norm
+from distgd.layout import BUCKET, Layout, block_squares, squared_norm
 from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule, clip_scale
 from distgd.policy import Immediate, Policy, Staged
 from distgd.reduce import Node, Sum, Tree, nodes, split
@@ -76,6 +76,16 @@ def members(number: int, *workers: int, newest: int = B) -> ev.MembershipChanged
     return ev.MembershipChanged(1, number, frozenset({ev.DRIVER, 1, 2, 3, *workers}), newest, ())
 
 
+def performed(effects: Iterable[ev.Effect]) -> Iterator[ev.Send]:
+    """What is sent, updates being made."""
+    for effect in effects:
+        if isinstance(effect, ev.Update):
+            yield from performed(effect.effects)
+        else:
+            assert isinstance(effect, ev.Send)
+            yield effect
+
+
 class Wire:
     """Shards and what is under way between them; a pair keeps its order, pairs overtake each other."""
 
@@ -90,9 +100,10 @@ class Wire:
         policy: Policy | None = None,
         scale_lr: bool = False,
         schedule: Schedule = HALVING,
+        bucket: int = BUCKET,
     ) -> None:
         self.random = random.Random(seed)
-        self.rules = rules(shards, staged=policy is None, clip=clip, scale_lr=scale_lr)
+        self.rules = replace(rules(shards, staged=policy is None, clip=clip, scale_lr=scale_lr), bucket=bucket)
         self.quorum = quorum or len(WEIGHTS)
         self.links: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
         self.heard: dict[int, list[Any]] = defaultdict(list)  # what driver and workers got
@@ -118,10 +129,10 @@ class Wire:
 
     def give(self, source: int, event: Any, shard: int = 0) -> list[ev.Effect]:
         """Deliver at once and deliver what follows."""
-        effects = self.shards[shard].handle(source, event)
+        effects = list(performed(self.shards[shard].handle(source, event)))
         self._post(shard + 1, effects)
         self.drain()
-        return effects
+        return list[ev.Effect](effects)
 
     def post(self, source: int, shard: int, event: Any) -> None:
         self.links[source, shard + 1].append(event)
@@ -134,8 +145,7 @@ class Wire:
             self._post(to, self.shards[to - 1].handle(source, event))
 
     def _post(self, source: int, effects: Iterable[ev.Effect]) -> None:
-        for effect in effects:
-            assert isinstance(effect, ev.Send)
+        for effect in performed(effects):
             if effect.to in self.rules.incarnations:
                 self.links[source, effect.to].append(effect.message)
             else:
@@ -233,6 +243,42 @@ class TestStageThenCommit:
         wire.drain()
         assert wire.versions() == {1}
         assert not torch.equal(wire.weights, before)
+
+    def test_the_others_are_told_before_shard_0_steps(self) -> None:
+        wire = Wire(2)
+        before = wire.weights.clone()
+        for index, message in enumerate(wire.push(0, ALL)):
+            wire.post(A, index, message)
+        shards = wire.shards
+        shards[0].handle(A, wire.links[A, 1].popleft())
+        (report,) = shards[1].handle(A, wire.links[A, 2].popleft())
+        assert isinstance(report, ev.Send)
+        told, update = shards[0].handle(2, report.message)
+        assert isinstance(told, ev.Send) and isinstance(told.message, ev.Commit)
+        assert isinstance(update, ev.Update)
+        assert torch.equal(wire.weights, before)
+        assert [type(each.message) for each in performed([update])] == [ev.StepCommitted]
+        assert not torch.equal(shards[0].weights, before[: len(shards[0].weights)])
+
+    @pytest.mark.parametrize("taken", [0, 1, 3])
+    def test_whoever_asks_in_the_middle_of_an_update_gets_the_version_that_it_makes(self, taken: int) -> None:
+        """Parts go to another machine while the rest is stepped; what is left is done before anything is handled."""
+        wire, plain = Wire(1, bucket=64), Plain()
+        shard = wire.shards[0]
+        elsewhere = replace(members(2, A, B), nodes=((1, A), (B,)))
+        wire.give(ev.DRIVER, elsewhere)
+        wire.give(B, ev.PullRequested(1, 1, 0, holds=0))
+        (update,) = shard.handle(A, wire.push(0, ALL)[0])
+        assert isinstance(update, ev.Update)
+        first = [next(update.effects) for _ in range(taken)]
+        rest = list(performed(shard.handle(A, ev.PullRequested(1, 0, 0))))
+        assert not list(update.effects), "it has been made"
+        plain.step(0, EVERY)
+        assert torch.equal(wire.weights, plain.weights)
+        sent = [e.message for e in performed([*first, *rest]) if e.to == B]
+        assert [type(m) for m in sent] == [*[ev.WeightsPart] * (len(plain.weights) // 64), ev.WeightsSent]
+        assert torch.equal(torch.from_numpy(np.concatenate([m.weights for m in sent[:-1]])), plain.weights)
+        assert rest[-1].to == A and rest[-1].message.version == 1
 
     def test_what_is_covered_is_ignored_and_counts_once(self) -> None:
         wire, plain = Wire(2), Plain()
