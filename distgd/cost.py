@@ -238,12 +238,11 @@ def _crowding(job: Job, machine: Machine, busy: float) -> float:
 
 
 def _apply(job: Job, machine: Machine) -> float:
-    """Shard 0 applies before the others hear of its decision; those apply side by side."""
+    """All shards apply side by side, as the others are told before shard 0 begins."""
     size = (job.pushes + 2 + 2 * job.state) * job.bytes / job.shards
     own = (SHARD + PIECE * ceil(job.tensors / job.shards)) * machine.message
-    first = machine.stream(size, 1) + own
-    most = max(node.shards - (place == 0) for place, node in enumerate(job.nodes))
-    return first + (machine.stream(size, most) + machine.turns(own, most * own) if most else 0.0)
+    most = max(node.shards for node in job.nodes)
+    return machine.stream(size, most) + machine.turns(own, most * own)
 
 
 def _messages(job: Job, machine: Machine) -> float:
