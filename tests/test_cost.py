@@ -119,11 +119,11 @@ def test_sgd_without_momentum_keeps_nothing() -> None:
     assert predict(replace(job(), state=0), FREE).total == pytest.approx((2 + 2) * 4e6 / 10e9)
 
 
-def test_shard_0_applies_before_the_others_which_share_the_bandwidth() -> None:
+def test_shards_apply_side_by_side_and_share_the_bandwidth() -> None:
     apply = 8 * 4e6 / 10e9
-    assert predict(job(shards=4), FREE).apply == pytest.approx(apply / 4 + apply / 4)
+    assert predict(job(shards=4), FREE).apply == pytest.approx(apply / 4)
     scarce = replace(FREE, bandwidth_all=10e9)
-    assert predict(job(shards=4), scarce).apply == pytest.approx(apply / 4 + 3 * apply / 4)
+    assert predict(job(shards=4), scarce).apply == pytest.approx(apply)
 
 
 @pytest.mark.parametrize(

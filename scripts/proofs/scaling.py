@@ -165,8 +165,7 @@ def _run(config: Config, expected: Forecast) -> tuple[float, dict[str, float]]:
     quickest = min(stretches, key=lambda some: median(metrics["time/step"] for metrics in some))
     step = 1e-3 * median(metrics["time/step"] for metrics in quickest)
     compute = 1e-3 * median(_computing(metrics, expected.machine.cores) for metrics in quickest)
-    rounds = min(2, config.cluster.servers)  # shard 0 applies, then the others
-    memory = rounds * 1e-3 * median(metrics["time/apply"] for metrics in quickest)
+    memory = 1e-3 * median(metrics["time/apply"] for metrics in quickest)
     return step, {"compute": compute, "memory": memory, "network": 0.0, "messages": step - compute - memory}
 
 
