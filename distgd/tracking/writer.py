@@ -26,6 +26,9 @@ REST, LONGEST_REST = 25.0, 5.0
 """Between two calls the thread rests for so many times the CPU time that the last one took, but never longer than so
 many seconds: a few percent of a core are MLflow's while training goes on, and the end of the run writes the rest."""
 
+SHARE_WAITING = 0.25
+"""It does not rest while more events wait than it writes in this share of the deadline at the end."""
+
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 30.0
 
 
@@ -136,10 +139,11 @@ class Mlflow:
             return
         self._try("params, tags and data", store.describe)
         while batch := self._next_batch():
-            began = time.thread_time()
+            began, worked = time.monotonic(), time.thread_time()
             self._try(f"{len(batch)} events", partial(store.write, batch))
-            if len(self._events) < BACKLOG // 2:
-                self._ended.wait(min(REST * (time.thread_time() - began), LONGEST_REST))
+            seconds_an_event = (time.monotonic() - began) / len(batch)
+            if len(self._events) * seconds_an_event < self._deadline * SHARE_WAITING:
+                self._ended.wait(min(REST * (time.thread_time() - worked), LONGEST_REST))
         if self._end:
             for what, call in store.closing(self._end):
                 self._try(what, call)
