@@ -260,6 +260,7 @@ def memory(bench: Bench) -> Measured:
     found = f"{ratio:.2f}: DDP {theirs.proportional / 1e9:.2f} GB in {theirs.processes} processes, ours "
     found += f"{mine.proportional / 1e9:.2f} GB in {mine.processes}"
     conditions = f"W={workers}, P={parameters / 1e6:g}M; most seen during steps; ours at its start and end included "
+    found += f" ({', '.join(f'{role} {share / 1e9:.2f}' for role, share in mine.shares.items())})"
     conditions += f"{whole.proportional / 1e9:.2f} GB"
     if bench.quick:
         return Measured(found, True, conditions, "printed: libraries outweigh so small a model")

@@ -127,7 +127,7 @@ def many_workers(bench: Bench) -> tuple[int, float, float]:
 @proof.row("memory < +2 %, the same open files and segments; a slot of 16 workers costs at most twice one of 4")
 def nothing_grows(bench: Bench) -> Measured:
     """10,000 steps do not grow memory, open files or segments; 16 workers on 2 cores neither collapse nor deadlock."""
-    first, last = (200, 1000) if bench.quick else (2000, 10_000)
+    first, last = (600, 1500) if bench.quick else (2000, 10_000)
     before, after, with_ray = at_steps(bench, first, last)
     workers, few, many = many_workers(bench)
     growth = after.resident / before.resident - 1

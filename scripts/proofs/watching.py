@@ -10,26 +10,34 @@ import os
 import secrets
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from proofs import outside
 
 LOOK = 0.05  # seconds between two looks
-OWN = (b"ray::Server", b"ray::Worker", b"ray::Evaluator", b"-m\0distgd\0")  # in command lines
+ROLES = {  # words of command lines
+    b"ray::Server": "servers",
+    b"ray::Worker": "workers",
+    b"ray::Evaluator": "evaluator",
+    b"-m\0distgd\0": "driver",
+    b"ray": "Ray",
+}
 TAIL = 20_000  # bytes of a file of events that are read
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What all processes together hold at one moment; sizes in bytes."""
+    """What all processes together hold at one moment; sizes in bytes, `shares` are proportional ones by role."""
 
     processes: int
     proportional: int
     resident: int
     files: int
     segments: int
+    shares: Mapping[str, int]
 
 
 def watched(
@@ -59,6 +67,9 @@ def watched(
 def see(processes: Sequence[str]) -> Seen:
     """All of them now; those that end meanwhile count nothing."""
     rollups = [_rollup(pid) for pid in processes]
+    shares: Counter[str] = Counter()
+    for pid, rollup in zip(processes, rollups, strict=True):
+        shares[_role(pid)] += rollup.get("Pss", 0)
     segments = {inode for pid in processes for inode in _segments(pid)}
     return Seen(
         len(processes),
@@ -66,12 +77,19 @@ def see(processes: Sequence[str]) -> Seen:
         sum(rollup.get("Rss", 0) for rollup in rollups),
         sum(map(_files, processes)),
         len(segments),
+        shares,
     )
+
+
+def _role(pid: str) -> str:
+    """What a process is, from its command line."""
+    line = outside.content(pid, "cmdline")
+    return next((role for word, role in ROLES.items() if word in line), "others")
 
 
 def of_the_run(processes: Sequence[str]) -> list[str]:
     """Those of them that are the run's driver and actors; Ray's own come and go and open files as they like."""
-    return [pid for pid in processes if any(word in outside.content(pid, "cmdline") for word in OWN)]
+    return [pid for pid in processes if _role(pid) not in ("Ray", "others")]
 
 
 def _rollup(pid: str) -> dict[str, int]:
