@@ -88,6 +88,8 @@ class Process:
         self, me: int, role: str, secret: bytes, listen: str, alone: bool, max_bytes: int, path: Sequence[str]
     ) -> None:
         sys.path += [folder for folder in path if folder not in sys.path]
+        if role != "server":
+            _give_way()
         self._me = me
         self._work: deque[Any] = deque()  # what is to be computed, in order
         self._endpoint = _endpoint(me, role, secret, max_bytes, listen=listen, alone=alone)
@@ -143,6 +145,13 @@ def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: str,
     """This process's endpoint; `alone` says that the run has one machine."""
     host = None if alone else _node_address()
     return MixedEndpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
+
+
+def _give_way() -> None:
+    """Do not take the core from who wakes this process, as a server that still has others to wake would wait for it."""
+    if hasattr(os, "sched_setscheduler"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _told(error: BaseException) -> str:

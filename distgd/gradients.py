@@ -291,12 +291,14 @@ def _joined(spans: Iterable[slice]) -> list[slice]:
 
 def _scaled(grad: Tensor, scale: float, out: Tensor) -> float:
     """Write `scale` times `grad` to `out`, and return the sum of its squares, while each block is in the cache."""
-    if out.numel() <= BLOCK:
-        return squared(torch.mul(grad, scale, out=out))
+    one = (grad[0] * scale) if grad.stride() == (0,) else None  # torch reads one number for all several times slower
     total = 0.0
     for first in range(0, out.numel(), BLOCK):
         block = out[first : first + BLOCK]
-        torch.mul(grad[first : first + BLOCK], scale, out=block)
+        if one is None:
+            torch.mul(grad[first : first + BLOCK], scale, out=block)
+        else:
+            block.fill_(one)
         total += squared(block)
     return total
 
