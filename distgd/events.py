@@ -61,6 +61,14 @@ class MembershipChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """A shard's initial weights, [its elements]; the first that it is sent."""
+
+    timeline: int
+    weights: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End the process. Nothing that was pushed and not committed survives."""
 
@@ -409,6 +417,7 @@ class Evaluated:
 MESSAGES: tuple[type, ...] = (
     SlotStats,
     MembershipChanged,
+    Load,
     Stop,
     StatusRequested,
     StatusSent,

@@ -15,6 +15,7 @@ from torch import Tensor
 from distgd.assignment import Assignment, Cast
 from distgd.config import Config, Every
 from distgd.evaluator import EvaluatorSpec
+from distgd.events import Load
 from distgd.layout import Layout
 from distgd.ledger import assign
 from distgd.optim import (
@@ -147,17 +148,15 @@ class Plan:
         )
         limits = [limit for limit in (clip.slot_norm, None if self.staged else clip.norm) if limit is not None]
         slices = self.layout.slices(len(cast.shards))
-        flat = self.replica.flat.cpu().numpy()
         frozen = self.replica.frozen()
         blueprint = self.replica.blueprint(self.source)
         specs: dict[int, ServerSpec | WorkerSpec | EvaluatorSpec] = {}
         for part, incarnation in zip(slices, cast.shards, strict=True):
-            initial = flat[part.start : part.stop].copy()
             buffers = self.replica.buffers.copy() if part.index == 0 else None
             specs[incarnation] = ServerSpec(
                 rules,
                 part,
-                initial,
+                self.layout.dtype,
                 buffers,
                 self.optimizer,
                 self.schedule,
@@ -184,6 +183,12 @@ class Plan:
         if cast.evaluator is not None and self.held_out is not None:
             specs[cast.evaluator] = self._evaluator(cast.evaluator, rules, self.held_out)
         return specs
+
+    def loads(self, cast: Cast) -> dict[int, Load]:
+        """The initial weights of each shard, by incarnation; views of the plan's."""
+        flat = self.replica.flat.cpu().numpy()
+        slices = zip(self.layout.slices(len(cast.shards)), cast.shards, strict=True)
+        return {shard: Load(cast.timeline, flat[part.start : part.stop]) for part, shard in slices}
 
     def _evaluator(self, incarnation: int, rules: ShardRules, held_out: Blueprint) -> EvaluatorSpec:
         return EvaluatorSpec(

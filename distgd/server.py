@@ -17,7 +17,7 @@ import torch
 from distgd import events as ev
 from distgd.device import Card
 from distgd.errors import BadInput
-from distgd.layout import Slice
+from distgd.layout import Slice, tensor_of
 from distgd.mirror import MirroredOptimizer
 from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule
 from distgd.policy import Immediate, Policy, Staged
@@ -34,14 +34,14 @@ CARD_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """All that a server is made of. `weights` is its slice of the run's initial weights, `buffers` shard 0's alone.
+    """All that a server is made of but for its weights, which the driver sends; `buffers` are shard 0's alone.
 
     `quorum` counts in sync mode, `staleness` in bounded mode; async is bounded mode with `staleness` None.
     """
 
     rules: ShardRules
     part: Slice
-    weights: np.ndarray[Any, Any]
+    dtype: str
     buffers: np.ndarray[Any, Any] | None
     optimizer: OptimizerSpec
     schedule: Schedule
@@ -53,7 +53,7 @@ class ServerSpec:
     role = "server"
 
     def build(self, clock: Callable[[], float], allocate: Allocate = np.zeros) -> Server:
-        """Make the server, its weights in memory from `allocate`; one intra-op thread, as many share a machine.
+        """Make the server, its weights to be in memory from `allocate`; one intra-op thread, as many share a machine.
 
         Raises:
             BadInput: it is to have a card, and there is none.
@@ -89,31 +89,45 @@ class Server:
     """One shard as an actor."""
 
     def __init__(self, spec: ServerSpec, clock: Callable[[], float], allocate: Allocate) -> None:
-        weights = torch.from_numpy(allocate(spec.part.size, spec.weights.dtype.str))
-        weights.copy_(torch.from_numpy(spec.weights))
-        self.shard = Shard(
-            spec.rules,
-            spec.part,
-            weights,
-            spec.buffers,
-            spec.stepper(weights),
-            spec.policy(),
-            spec.schedule,
-            eager=spec.quorum == spec.rules.slots,
-        )
+        self.spec = spec
+        self._allocate = allocate
+        self._shard: Shard | None = None
+        self._early: list[tuple[int, Any]] = []  # from workers that were quicker than the initial weights
         self._clock = clock
         self._timeline = spec.rules.timeline
         self._committed = clock()
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message; a committed step's report says how long this message took to apply."""
-        if isinstance(event, ev.Stop):
-            return [ev.End(f"stopped by the driver at version {self.shard.version}")]
-        if isinstance(event, ev.StatusRequested):
-            return [ev.Send(source, ev.StatusSent(self._timeline, self.shard.describe()))]
+        match event:
+            case ev.Stop():
+                return [ev.End(f"stopped by the driver at version {self._shard.version if self._shard else 0}")]
+            case ev.StatusRequested():
+                text = self._shard.describe() if self._shard else "waits for its initial weights"
+                return [ev.Send(source, ev.StatusSent(self._timeline, text))]
+            case ev.Load():
+                self._load(event)
+                early, self._early = self._early, []
+                return [effect for each in early for effect in self.handle(*each)]
+        if self._shard is None:
+            self._early.append((source, event))
+            return []
         began = self._clock()
-        effects = self.shard.handle(source, event)
+        effects = self._shard.handle(source, event)
         return [self._timed(effect, began) for effect in effects]
+
+    def _load(self, load: ev.Load) -> None:
+        """Take the initial weights, once."""
+        if self._shard is not None or load.timeline != self._timeline:
+            return
+        spec = self.spec
+        weights = torch.from_numpy(self._allocate(spec.part.size, spec.dtype))
+        weights.copy_(tensor_of(load.weights))
+        eager = spec.quorum == spec.rules.slots
+        optimizer = spec.stepper(weights)
+        self._shard = Shard(
+            spec.rules, spec.part, weights, spec.buffers, optimizer, spec.policy(), spec.schedule, eager=eager
+        )
 
     def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any:
         """A server has no work that takes time apart from messages."""

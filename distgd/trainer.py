@@ -272,6 +272,8 @@ class _Run:
             cluster.spawn(self.plan.specs(self.cast))
             self.listen_to_signals()  # Ray has taken them
             self._await_ready(cluster)
+            for shard, load in self.plan.loads(self.cast).items():
+                cluster.send(shard, load)
             self.driver = Driver(self.cast, self.plan.assignment(), cluster.now(), cluster.nodes())
             finish = self._perform(cluster, self.driver.start()) or self._listen(cluster, self.driver)
             if finish.error is not None:

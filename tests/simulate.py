@@ -79,6 +79,8 @@ def run(
     cast = plan.cast()
     rules = {i: replace(spec.rules, bucket=bucket) for i, spec in plan.specs(cast).items()}
     cluster.spawn({i: replace(spec, rules=rules[i]) for i, spec in plan.specs(cast).items()})
+    for shard, message in plan.loads(cast).items():
+        cluster.send(shard, message)
     driver = Driver(cast, plan.assignment(), cluster.now(), cluster.nodes())
     done = Simulated(plan, driver, None, {})
     effects = driver.start()
