@@ -114,6 +114,10 @@ class GradientTaker:
         square = sum([self._squares[name] for name in self._parameters if name in self._squares])
         return self._way.end(square, _nobody if waiting is None else waiting.took)
 
+    def forget(self) -> None:
+        """Let go of the vectors that gradients were written to."""
+        self._way.forget()
+
     def leave(self) -> None:
         """Let the model's gradients be as torch has them."""
         for hook in self._hooks:
@@ -178,6 +182,10 @@ class _InPlace:
             known = self._known[out.data_ptr()] = (_places(self._layout, out), self._layout.views(out))
         self._places, self._shaped = known
 
+    def forget(self) -> None:
+        self._known.clear()
+        self._places, self._shaped = {}, {}
+
     def put(self, name: str, grad: Tensor, scale: float) -> float:
         return _scaled(grad, scale, self._places[name])
 
@@ -228,6 +236,9 @@ class _FromCard:
         self._card.pins.pin(out.data_ptr(), out)
         self._out = out
         self._leaving.clear()
+
+    def forget(self) -> None:
+        self._out = torch.empty(0)
 
     def put(self, name: str, grad: Tensor, scale: float) -> float:
         torch.mul(grad, scale, out=self._places[name])

@@ -127,6 +127,7 @@ def _try_one_slot(replica: Replica, source: Source, order: Order) -> Tensor | No
             replica.gradient(source, order, 0, 0, replica.layout.zeros())
     finally:
         hook.remove()
+        replica.forget()
     takes_one = bool(seen) and len(seen[0]) == 1 and isinstance(seen[0][0], Tensor)
     return seen[0][0].detach().clone() if takes_one else None
 

@@ -247,6 +247,10 @@ class Replica:
         packed = self.buffer_layout.pack(self.model)
         return packed if not np.array_equal(packed, self.buffers) else None
 
+    def forget(self) -> None:
+        """Let go of the vectors that gradients were written to; they are remembered, as there are few."""
+        self._taker.forget()
+
     def batch(self, source: Source, order: Order, step: int, slot: int) -> Batch:
         """A slot's samples, on the device."""
         if type(source) is not TensorSource:  # rows of a tensor are no matter of chance

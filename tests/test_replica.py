@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -395,6 +396,16 @@ class TestWatch:
             told = Told(out, [(0, len(out))])
             replica.gradient(source, ORDER, step, 1, out, told.watch)
             assert not told.seen
+
+
+def test_a_vector_that_is_forgotten_is_freed() -> None:
+    replica = Replica(Wide(torch.square), seed=3)
+    out = replica.layout.zeros()
+    replica.gradient(replica.train_source(), ORDER, 0, 1, out)
+    gone = weakref.ref(out.untyped_storage())
+    replica.forget()
+    del out
+    assert gone() is None
 
 
 def test_the_plain_model_has_gradients_as_torch_makes_them() -> None:

@@ -233,12 +233,12 @@ def compute_bound_models(bench: Bench) -> Measured:
 # Memory.
 
 
-def peaks(command: Sequence[str], cwd: Path, after: int) -> tuple[Seen, Seen]:
-    """The largest sum of proportional set sizes once step `after` is done, and over all the command's life."""
+def peaks(command: Sequence[str], cwd: Path, after: int, before: int) -> tuple[Seen, Seen]:
+    """The largest sum of proportional set sizes between two steps, and over all the command's life."""
     seen: list[tuple[bool, Seen]] = []
 
     def look(processes: list[str]) -> bool:
-        seen.append((last_step(cwd) >= after, see(processes)))
+        seen.append((after <= last_step(cwd) < before, see(processes)))
         return False
 
     watched(command, cwd, contest.environment(MASTER_PORT=str(contest.port())), look)
@@ -252,10 +252,10 @@ def memory(bench: Bench) -> Measured:
     workers, parameters = (2, 10_000_000) if bench.quick else (4, 100_000_000)
     name, steps = f"synthetic:{parameters}", 40
     command = contest.python("distgd", "train", contest.config(name, workers, steps, bench.folder), "--json")
-    mine, whole = peaks(command, bench.folder, after=2)
+    mine, whole = peaks(command, bench.folder, after=2, before=steps)
     contest.clear(bench.folder)
     command = contest.python("proofs.ddp", name, workers, 12, 25)
-    theirs, _ = peaks(command, bench.folder, after=-1)
+    theirs, _ = peaks(command, bench.folder, after=-1, before=1)
     ratio = theirs.proportional / mine.proportional
     found = f"{ratio:.2f}: DDP {theirs.proportional / 1e9:.2f} GB in {theirs.processes} processes, ours "
     found += f"{mine.proportional / 1e9:.2f} GB in {mine.processes}"
