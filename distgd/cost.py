@@ -16,7 +16,7 @@ On one node nothing is copied between processes, so that `push` and `pull` are 0
 
 What memory and messages cost on a machine is measured (`distgd.machine`); how much of the program's own work there is
 around them are the constants below. They were set by the points of `CALIBRATED`; docs/scaling.md holds the model
-against others.
+against others, and says how clean that check is.
 """
 
 from __future__ import annotations

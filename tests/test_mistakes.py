@@ -154,9 +154,9 @@ def test_an_abandoned_slot_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> N
     in_vain: list[int] = []
     compute = Worker.perform
 
-    def spy(self: Worker, work: Any) -> Any:
-        done = compute(self, work)
-        if work.token != self._token and done.gradient.stats.samples:
+    def spy(self: Worker, work: Any, emit: Any) -> Any:
+        done = compute(self, work, emit)
+        if work.token != self.work.token and done.gradient.stats.samples:
             in_vain.append(work.step)
         return done
 
