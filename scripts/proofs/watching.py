@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,10 +105,18 @@ def _segments(pid: str) -> list[bytes]:
 
 
 def _files(pid: str) -> int:
-    try:
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    except OSError:
-        return 0
+    """Open files but for TCP connections: on one machine these are Ray's own, which it opens by its clock."""
+    links: list[str] = []
+    with suppress(OSError):  # it ends, or closes one just now
+        links.extend(os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd"))
+    connections = {f"socket:[{inode}]" for inode in _tcp(pid)}
+    return sum(link not in connections for link in links)
+
+
+def _tcp(pid: str) -> set[str]:
+    """The inodes of all TCP connections, as words of text."""
+    tables = (outside.content(pid, f"net/{name}").decode().splitlines()[1:] for name in ("tcp", "tcp6"))
+    return {line.split()[9] for table in tables for line in table}
 
 
 def last_step(folder: Path) -> int:
