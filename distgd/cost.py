@@ -79,13 +79,14 @@ class Network:
     Args:
         bandwidth: bytes a second of a node, in each direction, both at once.
         latency: seconds one way.
-        pipelined: a node adds its workers' gradients before it sends, once; shards send weights back while they apply.
-            Else each worker sends and receives for itself, and sending begins when all is applied.
+        pipelined: sync mode without a quorum, where a node adds its workers' gradients before it sends, once, and
+            shards send weights back while they apply. Elsewhere each worker sends and receives for itself, and sending
+            begins when all is applied.
     """
 
     bandwidth: float
     latency: float
-    pipelined: bool = False
+    pipelined: bool = True
 
 
 @dataclass(frozen=True)
