@@ -236,6 +236,12 @@ class Adder:
         """A member wants one: it is told as soon as that is here, and of all later ones."""
         return self._fence(source) or self._told(source, pull.at_least)
 
+    def place(self, part: ev.WeightsPart) -> Array | None:
+        """Where a bucket of a version that is not here yet belongs; None where it has to be decoded first."""
+        if part.delta or part.version <= self._version(part.shard) or part.shard not in self._received:
+            return None
+        return self._received[part.shard][part.start : part.start + self._rules.bucket]
+
     def weights_part(self, part: ev.WeightsPart) -> None:
         """A bucket of a shard's weights; nobody here computes with that shard's former version any more."""
         if part.version <= self._version(part.shard):
@@ -246,7 +252,7 @@ class Adder:
         place = torch.from_numpy(self._received[part.shard])[part.start : part.start + values.numel()]
         if part.delta:
             place.add_(values)
-        else:
+        elif place.data_ptr() != values.data_ptr():  # else it was received there
             place.copy_(values)
 
     def weights(self, sent: ev.WeightsSent) -> tuple[list[ev.Effect], ev.WeightsSent | None]:

@@ -10,6 +10,7 @@ Ray gives placement, life and death, and hands the run's secret to its processes
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import pickle
@@ -24,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 
@@ -32,7 +33,7 @@ from distgd import events as ev
 from distgd.config import Config
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed, users_error
 from distgd.resources import Resources, by_role, fit
-from distgd.transport.mixed import MixedEndpoint, Place
+from distgd.transport import Endpoint, Place
 from distgd.transport.segments import Array
 from distgd.wire import Codec
 
@@ -53,6 +54,13 @@ class Actor(Protocol):
     def handle(self, source: int, event: Any) -> list[ev.Effect]: ...
 
     def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any: ...
+
+
+@runtime_checkable
+class Places(Protocol):
+    """An actor that has places for arrays: see `transport.Endpoint.place`."""
+
+    def place(self, message: Any) -> Array | None: ...
 
 
 class Spec(Protocol):
@@ -104,6 +112,9 @@ class Process:
         timeline = spec.rules.timeline
         try:
             actor = spec.build(time.monotonic, self._endpoint.allocate)
+            if isinstance(actor, Places):
+                self._endpoint.place = actor.place
+            gc.freeze()  # what was imported and built stays; the collector need not look at it over and over
             facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
             self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
             return self._loop(actor)
@@ -141,10 +152,10 @@ class Process:
                     self._do(each)
 
 
-def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: str, alone: bool) -> MixedEndpoint:
+def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: str, alone: bool) -> Endpoint:
     """This process's endpoint; `alone` says that the run has one machine."""
     host = None if alone else _node_address()
-    return MixedEndpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
+    return Endpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
 
 
 def _give_way() -> None:
@@ -197,7 +208,7 @@ class RayCluster:
         self._looked = 0.0
         self._joined = False
         self._private: Path | None = None
-        self._endpoint: MixedEndpoint | None = None
+        self._endpoint: Endpoint | None = None
 
     def now(self) -> float:
         """Seconds of a monotonic clock."""

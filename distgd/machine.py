@@ -19,7 +19,7 @@ import numpy as np
 from distgd import events as ev
 from distgd.cost import Machine
 from distgd.memory import available
-from distgd.transport import NodeEndpoint
+from distgd.transport import Endpoint
 from distgd.transport.node import AVAILABLE
 from distgd.wire import Codec
 
@@ -86,10 +86,10 @@ def message_seconds() -> float:
         return ELSEWHERE
     secret, codec = secrets.token_bytes(16), Codec(ev.MESSAGES)
     with (
-        closing(NodeEndpoint(1, "server", secret, codec, listen=True)) as shard,
-        closing(NodeEndpoint(2, "worker", secret, codec)) as worker,
+        closing(Endpoint(1, "server", secret, codec, listen="near")) as shard,
+        closing(Endpoint(2, "worker", secret, codec)) as worker,
     ):
-        worker.connect(1, shard.address)
+        worker.connect(1, shard.addresses[0])
         push = _push(worker.allocate(1 << 14, "<f4"))
         sent = ev.WeightsSent(1, 0, 1, -1, 0, shard.allocate(1 << 14, "<f4"), None)
         return min(_pair(worker, shard, push, sent) for _ in range(MESSAGES)) / 2
@@ -101,7 +101,7 @@ def _push(gradient: np.ndarray[tuple[int], np.dtype[np.float32]]) -> ev.Gradient
     return ev.GradientArrived(1, 0, 0, 0, 1, 0, 8.0, (), -1, gradient, None, stats, {2: times}, 0)
 
 
-def _pair(worker: NodeEndpoint, shard: NodeEndpoint, push: ev.GradientArrived, sent: ev.WeightsSent) -> float:
+def _pair(worker: Endpoint, shard: Endpoint, push: ev.GradientArrived, sent: ev.WeightsSent) -> float:
     """Seconds of a push and its answer, both ends on this thread: no time passes in which nobody works."""
     began = time.perf_counter()
     worker.send(1, push)

@@ -70,22 +70,32 @@ class Codec:
                     frames.append(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
         return frames
 
+    def outline(self, head: Any) -> Any:
+        """The message that a header belongs to, with None for every array.
+
+        Raises:
+            MalformedMessage: no header.
+        """
+        return self._read(head, None)
+
     def decode(self, frames: Sequence[Any]) -> Any:
-        """The message; its arrays are views of the frames' memory, or copies where one came in several frames.
+        """The message; its arrays are views of the frames' memory.
 
         Raises:
             MalformedMessage: no header, an unknown kind, or fields and arrays that do not fit it.
         """
+        return self._read(frames[0] if frames else b"", frames[1:])
+
+    def _read(self, head: Any, arrays: Sequence[Any] | None) -> Any:
+        head = bytes(head)
         try:
-            head = bytes(frames[0])
             version, place = _PREFIX.unpack_from(head)
             if version != self._version:
                 raise ValueError("the header of another version")
-            return self._records[place].read(head[_PREFIX.size :], frames[1:])
+            return self._records[place].read(head[_PREFIX.size :], arrays)
         except MALFORMED as error:
-            head = bytes(frames[0])[:60] if frames else b""
             raise MalformedMessage(
-                f"message: expected one of this version's kinds, found {head!r} ({error}); "
+                f"message: expected one of this version's kinds, found {head[:60]!r} ({error}); "
                 "every machine must run the same version of distgd"
             ) from error
 
@@ -119,8 +129,8 @@ class _Record:
         rest = [write(each) for write, each in zip(self._write, values[count:], strict=True)]
         return b"".join((self._fixed.pack(*values[:count], *map(len, rest)), *rest))
 
-    def read(self, data: bytes, frames: Sequence[Any] = ()) -> Any:
-        """The value that `data` and the arrays in `frames` hold."""
+    def read(self, data: bytes, frames: Sequence[Any] | None = ()) -> Any:
+        """The value that `data` and the arrays in `frames` hold; None for every array without `frames`."""
         values = list(self._fixed.unpack_from(data))
         at, place = self._fixed.size, self._count
         for read in self._read:
@@ -129,7 +139,9 @@ class _Record:
             at, place = stop, place + 1
         if at != len(data):
             raise ValueError(f"{len(data)} bytes where {at} belong")
-        if self._views:
+        if frames is None:
+            values[len(values) - self._views :] = [None] * self._views
+        elif self._views:
             self._show(values, frames)
         elif frames:
             raise ValueError("arrays that the header does not name")
@@ -140,7 +152,7 @@ class _Record:
         left = deque(frames)
         for place in range(len(values) - self._views, len(values)):
             if values[place] is not None:
-                values[place] = _array(values[place], _gathered(values[place][2], left))
+                values[place] = _array(values[place], left.popleft())
         if left:
             raise ValueError("more arrays than the header names")
 
@@ -282,27 +294,12 @@ def _described(data: bytes) -> _Described | None:
     return dtype, shape, prod(shape) * dtype.itemsize
 
 
-def _gathered(size: int, left: deque[Any]) -> Any:
-    """The next array's bytes: one frame, or several put together."""
-    frame = left.popleft()
-    if len(frame) >= size:
-        return frame
-    if len(frame) + sum(map(len, left)) < size:  # before memory is taken for it
-        raise ValueError(f"fewer bytes than the {size} of an array")
-    whole, at = np.empty(size, np.uint8), 0
-    while at < size:
-        whole[at : at + len(frame)] = np.frombuffer(frame, np.uint8)
-        at += len(frame)
-        frame = left.popleft() if at < size else b""
-    return whole
-
-
 def _array(described: _Described, frame: Any) -> np.ndarray[Any, Any]:
     dtype, shape, size = described
     if len(frame) != size:
         raise ValueError(f"{len(frame)} bytes for {dtype} {shape}")
     array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, frame)
-    return array if array.flags.aligned else array.copy()  # small frames lie anywhere in ZeroMQ's buffer
+    return array if array.flags.aligned else array.copy()
 
 
 _ARRAY = _Form(_describe, _described)

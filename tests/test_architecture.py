@@ -42,14 +42,13 @@ FLOORS = {
 }
 FENCES = {  # outside package -> the rooms that may import it
     "ray": {"cluster"},
-    "zmq": {"transport"},
     "mlflow": {"tracking"},
     "matplotlib": {"report"},
     "jinja2": {"report"},
     "click": {"cli"},
     "rich": {"cli", "progress"},
 }
-ACTING = {"ray", "zmq", "mlflow", "socket", "threading", "time"}
+ACTING = {"ray", "mlflow", "socket", "selectors", "threading", "time"}
 FORBIDDEN = {room: ACTING for room, floor in FLOORS.items() if floor <= 1}
 FORBIDDEN |= {room: ACTING | {"datetime", "random", "logging"} for room in ("policy", "ledger", "reduce", "shard")}
 FORBIDDEN |= {room: ACTING | {"torch"} for room in ("errors", "config", "events")}

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from distgd import events as ev
-from distgd.transport import segments
-from distgd.transport.mixed import MixedEndpoint, Place
-from distgd.transport.node import AVAILABLE, INLINE, NodeEndpoint
+from distgd.transport import Endpoint, Place, segments
+from distgd.transport.node import AVAILABLE, INLINE
 from distgd.transport.segments import PAGE, Segment, Window
 from distgd.wire import Codec
 
@@ -26,15 +25,15 @@ SECRET = secrets.token_bytes(32)
 SERVER, WORKER, OTHER = 1, 2, 3
 WAIT = 30.0
 MANY = 4 * INLINE  # numbers: too many for the message itself
-Open = Callable[..., NodeEndpoint]
+Open = Callable[..., Endpoint]
 
 
 @pytest.fixture
 def open_endpoint() -> Iterator[Open]:
-    opened: list[NodeEndpoint] = []
+    opened: list[Endpoint] = []
 
-    def open_one(me: int, secret: bytes = SECRET, *, listen: bool = False) -> NodeEndpoint:
-        opened.append(NodeEndpoint(me, f"role-{me}", secret, Codec(ev.MESSAGES), listen=listen))
+    def open_one(me: int, secret: bytes = SECRET, *, listen: bool = False) -> Endpoint:
+        opened.append(Endpoint(me, f"role-{me}", secret, Codec(ev.MESSAGES), listen="near" if listen else ""))
         return opened[-1]
 
     yield open_one
@@ -46,21 +45,21 @@ def weights(values: Any, version: int = 0) -> ev.WeightsSent:
     return ev.WeightsSent(1, 0, version, -1, 0, values, None)
 
 
-def meet(one: NodeEndpoint, other: NodeEndpoint, ends: int = 2) -> None:
+def meet(one: Endpoint, other: Endpoint, ends: int = 2) -> None:
     """Let two endpoints of this thread prove themselves to each other."""
     for _ in range(2 * ends):
         for endpoint in (one, other):
             assert endpoint.receive(0.0) is None
 
 
-def pair(open_endpoint: Open) -> tuple[NodeEndpoint, NodeEndpoint]:
+def pair(open_endpoint: Open) -> tuple[Endpoint, Endpoint]:
     server, worker = open_endpoint(SERVER, listen=True), open_endpoint(WORKER)
-    worker.connect(SERVER, server.address)
+    worker.connect(SERVER, server.addresses[0])
     meet(server, worker)
     return server, worker
 
 
-def received(endpoint: NodeEndpoint) -> Any:
+def received(endpoint: Endpoint) -> Any:
     arrived = endpoint.receive(WAIT)
     assert arrived is not None
     return arrived[1]
@@ -134,7 +133,7 @@ class TestArrays:
 
 def live(address: str, secret: bytes, size: int) -> None:
     """A process that shows its memory and is gone without a word."""
-    endpoint = NodeEndpoint(WORKER, "worker", secret, Codec(ev.MESSAGES))
+    endpoint = Endpoint(WORKER, "worker", secret, Codec(ev.MESSAGES))
     endpoint.connect(SERVER, address)
     mine = endpoint.allocate(size, "float32")
     mine[:] = 3.0
@@ -145,7 +144,7 @@ def live(address: str, secret: bytes, size: int) -> None:
 
 def test_the_memory_of_the_dead_can_still_be_read_and_is_gone_after(open_endpoint: Open) -> None:
     server = open_endpoint(SERVER, listen=True)
-    process = multiprocessing.get_context("spawn").Process(target=live, args=(server.address, SECRET, MANY))
+    process = multiprocessing.get_context("spawn").Process(target=live, args=(server.addresses[0], SECRET, MANY))
     process.start()
     seen = received(server).weights
     server.send(WORKER, ev.Stop(1))
@@ -167,7 +166,7 @@ def mappings() -> int:
 class TestProof:
     def test_who_does_not_know_the_secret_is_not_heard(self, open_endpoint: Open) -> None:
         server, stranger = open_endpoint(SERVER, listen=True), open_endpoint(WORKER, secret=secrets.token_bytes(32))
-        stranger.connect(SERVER, server.address)
+        stranger.connect(SERVER, server.addresses[0])
         stranger.send(SERVER, ev.Stop(1))
         meet(server, stranger)
         assert stranger.refused == 1, "the listener's proof is checked first"
@@ -178,7 +177,7 @@ class TestProof:
         descriptors = len(os.listdir("/proc/self/fd"))
         for data in (b"D\x01", b"", b"H", b"H\x02\x00ab", b"P\x01\x00a", b"C", secrets.token_bytes(100)):
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
-                raw.connect("\0" + server.address)
+                raw.connect("\0" + server.addresses[0].removeprefix("node:"))
                 socket.send_fds(raw, [data], [0, 1])
                 for _ in range(3):
                     assert server.receive(0.0) is None
@@ -191,7 +190,7 @@ class TestProof:
         server, worker = open_endpoint(SERVER, listen=True), open_endpoint(WORKER)
         for version in range(3):
             server.send(WORKER, weights(np.zeros(1, np.float32), version))
-        worker.connect(SERVER, server.address)
+        worker.connect(SERVER, server.addresses[0])
         for version in range(3):
             worker.send(SERVER, weights(np.zeros(1, np.float32), version))
         arrived: dict[int, list[int]] = {SERVER: [], WORKER: []}
@@ -253,15 +252,15 @@ class TestWindow:
 def test_each_peer_is_reached_the_shortest_way() -> None:
     """Two processes on one machine and one elsewhere, all of them in this thread."""
     make = {"secret": SECRET, "codec": Codec(ev.MESSAGES), "host": "127.0.0.1", "max_bytes": 1 << 20}
-    server = MixedEndpoint(SERVER, "server", listen="all", **make)  # type: ignore[arg-type]
-    worker, far = (MixedEndpoint(i, "worker", listen="", **make) for i in (WORKER, OTHER))  # type: ignore[arg-type]
+    server = Endpoint(SERVER, "server", listen="all", **make)  # type: ignore[arg-type]
+    worker, far = (Endpoint(i, "worker", listen="", **make) for i in (WORKER, OTHER))  # type: ignore[arg-type]
     places = {SERVER: Place("here", server.addresses), WORKER: Place("here", ()), OTHER: Place("there", ())}
     try:
         for endpoint, node in ((server, "here"), (worker, "here"), (far, "there")):
             endpoint.meet(node, places)
         for endpoint in (worker, far):
             endpoint.send(SERVER, weights(endpoint.allocate(MANY, "float32")))
-        seen = {}
+        seen: dict[int, bool] = {}
         while len(seen) < 2:
             for endpoint in (worker, far):
                 assert endpoint.receive(0.0) is None

@@ -102,12 +102,11 @@ def test_an_array_in_any_order_of_memory_keeps_its_values() -> None:
     assert np.array_equal(CODEC.decode(CODEC.encode(Note(1, values))).values, values)
 
 
-@given(st.integers(1, 40), st.integers(1, 60))
-def test_an_array_may_come_in_several_frames(elements: int, piece: int) -> None:
-    values = np.arange(float(elements))
-    header, raw = CODEC.encode(Note(1, values))
-    pieces = [bytes(raw[start : start + piece]) for start in range(0, len(raw), piece)]
-    assert np.array_equal(CODEC.decode([header, *pieces]).values, values)
+def test_an_outline_is_the_message_without_its_arrays() -> None:
+    head, _ = CODEC.encode(Note(7, np.zeros(3)))
+    assert CODEC.outline(head) == Note(7, None)
+    with pytest.raises(MalformedMessage):
+        CODEC.outline(b"nonsense")
 
 
 def head(number: int = 1, values: bytes = b"", kind: type = Note, codec: Codec = CODEC) -> bytes:

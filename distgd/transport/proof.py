@@ -15,11 +15,76 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 NONCE = 32  # bytes
 WHO = 256  # bytes; what a stranger says of himself is parsed before he has proved anything
-STRANGERS = 1024  # connections that may be about to prove themselves at one time
+STRANGERS = 256  # connections that may be about to prove themselves at one time
+HELLO, CHALLENGE, PROOF = b"H", b"C", b"P"
+
+
+class Refused(Exception):
+    """The other end of a connection does not know the secret, or is another than expected; says why."""
+
+
+class Introduction:
+    """One end of a connection until both have proved themselves: what to say, and who is at the other end.
+
+    Args:
+        dials: whom this end dialed; -1 where it was dialed.
+
+    Attributes:
+        peer: the other end's incarnation, -1 until it has proved itself.
+    """
+
+    def __init__(self, identity: Identity, dials: int = -1) -> None:
+        self._identity, self._dials = identity, dials
+        self._who, self._nonce = identity.greet()
+        self._challenge: Challenge | None = None
+        self.peer = -1
+
+    def opening(self) -> list[bytes]:
+        """What the end that dialed says first."""
+        return [HELLO, self._who, self._nonce]
+
+    def heard(self, frames: Sequence[bytes]) -> list[bytes] | None:
+        """Take what the other end said; what to answer.
+
+        Raises:
+            Refused: there is nothing more to say to it.
+        """
+        if self.peer >= 0:
+            raise Refused("a peer that had proved itself introduced itself again")
+        match self._dials >= 0, list(frames):
+            case False, [b"H", who, nonce] if self._challenge is None:
+                return self._greeted(who, nonce)
+            case False, [b"P", proof] if self._challenge is not None:
+                self._judge(self._challenge, proof)
+                return None
+            case True, [b"C", who, nonce, signature]:
+                return self._prove((who, nonce, signature))
+        raise Refused(f"a peer without a session sent {b''.join(frames)[:1]!r}")
+
+    def _greeted(self, who: bytes, nonce: bytes) -> list[bytes]:
+        self._challenge = self._identity.challenge(who, nonce)
+        if self._challenge is None:
+            raise Refused("a peer's greeting was not one")
+        return [CHALLENGE, *self._challenge.frames]
+
+    def _prove(self, frames: tuple[bytes, ...]) -> list[bytes]:
+        proof = self._identity.prove(self._dials, self._nonce, frames)
+        if proof is None:
+            why = "does not know this run's secret, or is another"
+            raise Refused(f"the listener at incarnation {self._dials}'s address {why}")
+        self.peer = self._dials
+        return [PROOF, proof]
+
+    def _judge(self, challenge: Challenge, proof: bytes) -> None:
+        if not self._identity.accepts(challenge, proof):
+            who = f"{challenge.role!r} {challenge.peer}"
+            raise Refused(f"a peer that calls itself {who} does not know this run's secret")
+        self.peer = challenge.peer
 
 
 @dataclass(frozen=True)
@@ -62,8 +127,8 @@ class Identity:
         transcript = _transcript(who, nonce, mine, my_nonce)
         return Challenge(peer, role, transcript, (mine, my_nonce, self.sign(b"listener", transcript)))
 
-    def prove(self, peer: int, nonce: bytes, frames: tuple[bytes, ...]) -> tuple[bytes, bytes] | None:
-        """A dialer's proof, and the transcript; None where the listener is not `peer` or does not know the secret.
+    def prove(self, peer: int, nonce: bytes, frames: tuple[bytes, ...]) -> bytes | None:
+        """A dialer's proof; None where the listener is not `peer` or does not know the secret.
 
         Args:
             nonce: of this process's own greeting.
@@ -73,7 +138,7 @@ class Identity:
         transcript = _transcript(self.who, nonce, who, their_nonce)
         if _read(who)[0] != peer or not hmac.compare_digest(self.sign(b"listener", transcript), signature):
             return None
-        return self.sign(b"dialer", transcript), transcript
+        return self.sign(b"dialer", transcript)
 
     def accepts(self, challenge: Challenge, proof: bytes) -> bool:
         """Whether a dialer's proof is one."""

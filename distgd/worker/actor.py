@@ -120,6 +120,12 @@ class Worker:
             case _:
                 return self._mode.handle(source, event)
 
+    def place(self, message: Any) -> Array | None:
+        """Where a message's array belongs before it is handled: weights from another machine, at their places."""
+        if isinstance(self._mode, Sync) and isinstance(message, ev.WeightsPart):
+            return self._mode.place(message)
+        return None
+
     def perform(self, work: SlotWork, emit: Callable[[ev.Effect], None]) -> Computed:
         """Compute one slot, unless it has been abandoned meanwhile; `emit` performs what cannot wait for its end."""
         if work.token != self.work.token:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from distgd import events as ev
@@ -20,6 +21,8 @@ from distgd.layout import tensor_of
 from distgd.reduce import Node, Sum, Tree, maximal
 from distgd.replica import SlotGradient
 from distgd.worker.work import Computed, Reading, SlotWork, Work
+
+Array = np.ndarray[Any, Any]
 
 
 class Sync:
@@ -114,6 +117,11 @@ class Sync:
                 return self._computed(event)
             case _:
                 return []
+
+    def place(self, part: ev.WeightsPart) -> Array | None:
+        """Where the adder, if it is here, wants a bucket of weights."""
+        wanted = self.adder is not None and part.timeline == self.worker.rules.timeline
+        return self.adder.place(part) if self.adder is not None and wanted else None
 
     # Reading.
 

@@ -33,7 +33,7 @@ from distgd.config import load
 from distgd.replica import SlotGradient
 from distgd.result import Result
 from distgd.trainer import launch
-from distgd.transport.mixed import MixedEndpoint, Place
+from distgd.transport import Endpoint, Place
 from distgd.wire import Codec
 from distgd.worker import Computed, SlotWork, Worker, WorkerSpec
 
@@ -84,7 +84,7 @@ class Forked:
 
     def __init__(self) -> None:
         self._processes: list[Any] = []
-        self._endpoint: MixedEndpoint | None = None
+        self._endpoint: Endpoint | None = None
 
     def now(self) -> float:
         """Seconds of a monotonic clock."""
@@ -100,7 +100,7 @@ class Forked:
             self._processes.append(context.Process(target=_live, args=(incarnation, wanted, secret, theirs)))
             self._processes[-1].start()
         codec = Codec(ev.MESSAGES)
-        self._endpoint = MixedEndpoint(ev.DRIVER, "driver", secret, codec, listen="all", host=None, max_bytes=MOST)
+        self._endpoint = Endpoint(ev.DRIVER, "driver", secret, codec, listen="all", host=None, max_bytes=MOST)
         places = {incarnation: pipe.recv() for incarnation, pipe in pipes.items()}
         places[ev.DRIVER] = Place(HERE, self._endpoint.addresses)
         self._endpoint.meet(HERE, {incarnation: Place(HERE, ()) for incarnation in places})
