@@ -24,6 +24,7 @@ import click
 from distgd.errors import BadInput, DistgdError
 
 if TYPE_CHECKING:
+    from distgd.audit import Audit
     from distgd.compare import Compared
     from distgd.config import Config
     from distgd.progress import Progress
@@ -223,6 +224,40 @@ def report(run: str) -> Payload:
     page = write_report(_run_folder(run)).absolute()
     click.echo(page)
     return {"report": str(page)}
+
+
+@commands.command()
+@click.argument("run")
+@as_json
+def audit(run: str) -> Payload:
+    """Count every sample of RUN, epoch by epoch.
+
+    RUN is a run folder or a name under runs/, of a run in any state. Nothing but its ledger.jsonl is read. The exit
+    code is 1 where a sample was counted twice or lost.
+    """
+    from distgd.audit import audit, read
+
+    found = audit(read(_run_folder(run) / "ledger.jsonl"))
+    _show_audit(found)
+    return found.as_dict()
+
+
+def _show_audit(found: Audit) -> None:
+    names = ("epoch", "granted", "applied", "twice", "lost", "dropped")
+    click.echo("".join(f"{name:>12}" for name in names))
+    for count in found.epochs:
+        numbers = "".join(f"{getattr(count, name):>12,}" for name in names)
+        share = f"  ({count.dropped / count.granted:.1%} of the epoch's)" if count.dropped else ""
+        click.echo(numbers + share)
+    end = (
+        f"the run went through {found.steps:,} steps"
+        if found.finished
+        else f"not finished: {found.steps:,} steps so far"
+    )
+    again = f"; {found.rollbacks} rollbacks, whose steps count once" if found.rollbacks else ""
+    click.echo(f"{end}{again}")
+    told = "no sample was counted twice or lost" if found.clean else "samples were counted twice or lost"
+    click.echo(told, err=not found.clean)
 
 
 @commands.command()

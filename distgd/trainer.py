@@ -252,6 +252,9 @@ class _Run:
         (self.run_dir / "config.yaml").write_text(self.plan.config.to_yaml(), encoding="utf-8")
         ledger = (self.run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
         self.ledger = self.files.enter_context(ledger)
+        order, mode = self.plan.assignment().order, self.plan.config.consistency.mode
+        whole = {"samples": order.samples, "batch": order.batch, "slots": order.slots, "mode": mode}
+        self._write([{"state": "begin", **whole, "timeline": self.cast.timeline}])
         self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.planned_steps})
         self.tracker.start(describe(self.plan, self.run_dir, self.parent))
         for warning in self.plan.warnings:
@@ -342,8 +345,8 @@ class _Run:
 
     def _perform(self, cluster: Cluster, effects: list[Effect]) -> Finish | None:
         stop: Stop | None = None
-        if lines := [json.dumps(effect.line) + "\n" for effect in effects if isinstance(effect, Account)]:
-            self.ledger.write("".join(lines))  # at once: one call a step, and a step is there whole
+        if lines := [effect.line for effect in effects if isinstance(effect, Account)]:
+            self._write(lines)
         for effect in effects:
             match effect:
                 case ev.Send(to, message):
@@ -360,6 +363,10 @@ class _Run:
         if stop is not None and self.driver is not None:  # behind what was decided before, which may go on
             return self._perform(cluster, self.driver.stop(stop))
         return None
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        """Lines of the ledger, at once: one call a step, and a step is there whole."""
+        self.ledger.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def _tell(self, event: dict[str, Any]) -> object:
         if event["event"] == "step" and self.first_commit is None:
@@ -388,6 +395,7 @@ class _Run:
 
     def _save_final(self) -> None:
         if self.driver is not None and self.driver.whole:
+            self._write([{"state": "end", "step": self.driver.tally.steps, "timeline": self.cast.timeline}])
             self.final = self._state_of(self.driver.final)
             weights.save(self.final, self.run_dir / "model.safetensors")
 

@@ -32,7 +32,7 @@ FLOORS = {
             "layout optim policy ledger reduce codecs faults diagnostics rules staging returning "  # pure
             "snapshots shard stopping features cost",
             "memory machine wire transport device tasks sources table checkpoint records tracking "  # doors
-            "progress report weights",
+            "progress report audit weights",
             "server worker adder evaluator driver assignment evaluations gradients replica mirror tally",  # actors
             "cluster inprocess resources",  # the engine
             "trainer plan prepare forecast result runfolder runinfo signals compare cli __main__ __init__",  # the story

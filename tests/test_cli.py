@@ -203,6 +203,23 @@ def test_train_with_json_keeps_stdout_for_the_object(capsys: pytest.CaptureFixtu
     assert "completed" in shown.err
 
 
+def test_audit_counts_a_run_and_fails_where_a_sample_is_missing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["train", COUNTING, *IN_PROCESS]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    capsys.readouterr()
+    assert main(["audit", folder.name]) == 0
+    shown = capsys.readouterr().out
+    assert "the run went through 12 steps" in shown and "no sample was counted twice or lost" in shown
+    ledger = folder / "ledger.jsonl"
+    lines = ledger.read_text(encoding="utf-8").splitlines(keepends=True)
+    ledger.write_text("".join(lines[:3] + lines[4:]), encoding="utf-8")
+    assert main(["audit", str(folder), "--json"]) == 1
+    found = last_object(capsys.readouterr().out)
+    assert (found["status"], sum(epoch["lost"] for epoch in found["epochs"]) > 0) == ("failed", True)
+
+
 def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["train", COUNTING, "--dry-run"]) == 0
     assert capsys.readouterr().out.strip()

@@ -48,8 +48,10 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert events[-1]["event"] == "end"
     lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     for epoch in (0, 1):
-        places = sorted(p for x in lines if x["epoch"] == epoch for p in range(x["first"], x["last"] + 1))
+        slots = [x for x in lines if x["state"] == "applied" and x["epoch"] == epoch]
+        places = sorted(p for x in slots for p in range(x["first"], x["last"] + 1))
         assert places == list(range(1437)), "every place of the epoch's order once"
+    assert [(x["state"], x.get("step")) for x in (lines[0], lines[-1])] == [("begin", None), ("end", 90)]
     assert fingerprint(load_file(folder / "model.safetensors")) == result.weights_sha256
     assert (folder / "report" / "convergence.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(json.dumps(result.as_dict()))["status"] == "completed"
