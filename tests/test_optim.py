@@ -434,3 +434,27 @@ for name in ELEMENTWISE:
     assert "torch._dynamo" not in sys.modules, name
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW"])
+@pytest.mark.parametrize("more", [{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.1}, {"fused": False}])
+def test_blocks_in_groups_under_a_schedule_are_stepped_to_the_bits_of_torch(name: str, more: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    names, sizes = ["a.weight", "a.bias", "b.weight"], [300, 10, 200]
+    whole = [torch.randn(size, generator=generator) for size in sizes]
+    groups: tuple[tuple[str, dict[str, Any]], ...] = (("*.bias", {"lr": 0.3, "weight_decay": 0.5}),)
+    spec = OptimizerSpec(name, {"lr": 0.1, **more}, groups)
+    pieces = [value.clone() for value in whole]
+    ours = PieceOptimizer(spec, list(zip(names, pieces, strict=True)), block=128)
+    theirs = getattr(torch.optim, name)(
+        [{"params": [whole[1]], **groups[0][1]}, {"params": [whole[0], whole[2]]}], **{"fused": True, "lr": 0.1, **more}
+    )
+    for scale in (1.0, 0.5, 0.25, 2.0):
+        grads = [torch.randn(size, generator=generator) for size in sizes]
+        ours.step(grads, scale)
+        for param, grad in zip(whole, grads, strict=True):
+            param.grad = grad
+        theirs.param_groups[0]["lr"], theirs.param_groups[1]["lr"] = 0.3 * scale, 0.1 * scale
+        theirs.step()
+        assert all(map(torch.equal, pieces, whole))
+    assert all(ready is not None for ready in ours._ready) == more.get("fused", True)

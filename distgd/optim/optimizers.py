@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distgd.config import sections
 from distgd.errors import BadInput
+from distgd.optim.kernels import Step, prepared
 
 Label = Literal["elementwise", "scalar"]
 State = dict[Label, dict[str, dict[str, Tensor]]]
@@ -161,6 +162,7 @@ class PieceOptimizer:
         self._step = _plain_step(self._torch) if self._torch else None
         self._params = [[cut for _, cut in parts] for parts in cuts]
         self._groups = [_groups(self._torch, params) for params in self._params] if self._torch else []
+        self._ready: list[Step | None] = [None] * len(self.blocks)  # once a block has been stepped torch's way
 
     def step(self, grads: Sequence[Tensor], scale: float = 1.0) -> None:
         """Apply one update.
@@ -180,18 +182,21 @@ class PieceOptimizer:
         Args:
             grads: one 1-D tensor for each part of the block; read, and not kept.
         """
+        if (ready := self._ready[number]) is not None:
+            ready(grads, scale)
+            return
         assert self._torch is not None
         assert self._step is not None
-        groups = self._groups[number]
+        groups, params = self._groups[number], self._params[number]
         for lr, group in groups:
             group["lr"] = lr * scale
         self._torch.param_groups = [group for _, group in groups]
-        params = self._params[number]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad
         self._step(self._torch)
         for param in params:
             param.grad = None
+        self._ready[number] = prepared(self._torch, params, [{**group, "lr": lr} for lr, group in groups])
 
     def state_dict(self) -> State:
         """Everything that the next step depends on besides weights and `spec`, labelled for cutting.
@@ -213,6 +218,7 @@ class PieceOptimizer:
         Raises:
             BadInput: an entry of a parameter that has no piece here, or of another shape than its label says.
         """
+        self._ready = [None] * len(self.blocks)
         loaded: dict[str, dict[str, Tensor]] = {name: {} for name in self._pieces}
         for label, parameters in state.items():
             for name, entries in parameters.items():
