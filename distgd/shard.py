@@ -244,7 +244,7 @@ class Shard:
         first, stop = node
         for inner in [n for n in self._staged if first <= n[0] and n[1] <= stop]:
             del self._staged[inner]
-        self._staged[node] = replace(push, gradient=None)
+        self._staged[node] = push
         if push.parts:
             self._staging.close(node, push.weight)
         elif push.gradient is None:
@@ -404,7 +404,7 @@ class Shard:
         assert self._commit is not None
         if self._measured is not None and self._measured[0] == decision.slots:
             return Mean.of(self._measured[1], 1.0, self._commit.clip)
-        return replace(self._staging.total(decision.slots), scale=self._commit.clip)
+        return self._staging.total(decision.slots, self._commit.clip)
 
     def _step(self, mean: Mean, factor: float) -> Iterator[int]:
         """One update, block by block: gradients and weights are read once, and a block's mean stays in the cache.

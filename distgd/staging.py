@@ -86,10 +86,10 @@ class Staging:
         self._weights.discard(node)
         self._weights.put(node, Sum(None, weight, owned=False))
 
-    def total(self, slots: Collection[int]) -> Mean:
-        """Take the mean over `slots`, each of which must be held; everything is forgotten."""
+    def total(self, slots: Collection[int], scale: float = 1.0) -> Mean:
+        """Take the mean over `slots`, each of which must be held, times `scale`; everything is forgotten."""
         weight = self._weights.total(slots).weight
-        return Mean(tuple(tree.total(slots).value for tree in self._trees), self._bucket, weight)
+        return Mean(tuple(tree.total(slots).value for tree in self._trees), self._bucket, weight, scale)
 
     def clear(self) -> None:
         """Forget everything."""
