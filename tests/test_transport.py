@@ -613,6 +613,21 @@ def test_an_array_above_the_listeners_limit_is_dropped_and_its_sender_may_come_b
     run_until(lambda mail: (0, OTHER, Note(7)) in mail, server, honest)
 
 
+def test_who_dials_while_an_endpoint_closes_does_no_harm(open_endpoint: Open) -> None:
+    """Its connection may get the number of a file that has just been closed."""
+    server, deaf, other = open_endpoint(SERVER, "all"), open_endpoint(WORKER), open_endpoint(OTHER)
+    for worker in (deaf, other):
+        worker.connect(SERVER, address(server))
+        worker.send(SERVER, Note(1))
+    arrived(2, server, deaf, other)
+    server.send(WORKER, Note(2, np.zeros(10_000_000)))  # more than the kernel takes, and nobody reads it
+    host, port = address(server).removeprefix("tcp:").rsplit(":", 1)
+    late = [socket.create_connection((host, int(port))) for _ in range(5)]
+    server.close()
+    for each in late:
+        each.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("way", WAYS)
 def test_closing_leaves_no_socket_no_file_and_no_thread(open_endpoint: Open, way: str) -> None:

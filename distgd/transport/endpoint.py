@@ -106,7 +106,7 @@ class Endpoint:
         self._me, self._identity, self._codec, self._max_bytes = me, Identity(me, role, secret), codec, max_bytes
         self._shared, self._pool = node.Shared(), tcp.Pool()
         self._selector = selectors.DefaultSelector()
-        self._links: set[_Link] = set()
+        self._links: dict[_Link, None] = {}  # in the order in which they came
         self._link_to: dict[int, _Link] = {}  # by peer: dialed, or proved
         self._waiting: dict[int, deque[list[Any]]] = {}  # for peers that have not dialed yet
         self._inbox: deque[tuple[int, list[Any]]] = deque()
@@ -239,7 +239,7 @@ class Endpoint:
     def connect(self, peer: int, address: str) -> None:
         """Dial `peer`, which may not listen yet where it is on another machine; returns at once."""
         link = _Link(Introduction(self._identity, peer), peer, address)
-        self._links.add(link)
+        self._links[link] = None
         self._link_to[peer] = link
         self._dial(link)
 
@@ -287,7 +287,7 @@ class Endpoint:
                 self._lost(some)
             return
         link = _Link(Introduction(self._identity))
-        self._links.add(link)
+        self._links[link] = None
         self._open(link, scheme, connection, _READ)
 
     def _introduced(self, link: _Link, frames: list[bytes]) -> None:
@@ -322,7 +322,7 @@ class Endpoint:
         else:
             link.address = ""
             link.unsent.clear()
-            self._links.discard(link)
+            self._links.pop(link, None)
 
     def _refuse(self, link: _Link, why: str) -> None:
         self.refused += 1
@@ -339,19 +339,21 @@ class Endpoint:
         until = time.monotonic() + LINGER
         while any(link.unsent for link in self._links) and self._take_in(until):
             pass
+        for listener in self._listeners:
+            self._selector.unregister(listener)
+            listener.close()
+        self._listeners.clear()
         links = [link for link in self._links if link.channel is not None]
         while links := [link for link in links if not self._left(link, force=time.monotonic() >= until)]:
             self._take_in(time.monotonic() + PATIENCE)
-        for listener in self._listeners:
-            listener.close()
         self._links.clear()
         self._broken.clear()
         self._selector.close()
         self._shared.close()
 
-    @staticmethod
-    def _left(link: _Link, *, force: bool) -> bool:
+    def _left(self, link: _Link, *, force: bool) -> bool:
         link.address = ""
         if link.channel is not None and link.channel.close(force=force):
+            self._selector.unregister(link.channel.socket)
             link.channel = None
         return link.channel is None
