@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,31 @@ def test_settings_are_lines_of_a_table_below(tmp_path: Path) -> None:
     assert "| W | ms |\n|---|---|\n| 2 | 0.512 |\n| 4 | 1,234 |\n<!--" in text
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert json.loads((tmp_path / "speed.json").read_text())["rows"][0]["settings"][0] == {"W": 2, "ms": 0.51234}
+
+
+def test_rows_that_are_measured_one_by_one_take_their_places_on_the_page(tmp_path: Path) -> None:
+    proof = rows.Proof()
+    for claim in ("First.", "Second.", "Third."):
+
+        def measure(bench: rows.Bench) -> rows.Measured:
+            return rows.Measured("old", holds=True)
+
+        measure.__doc__ = claim
+        proof.row("something")(measure)
+    outcomes = [row.run(quick=False) for row in proof.rows]
+    page = tmp_path / "speed.md"
+    page.write_text(f"{rows.BEGIN}\n{rows.END}\n")
+    rows.Page(page).write("speed", outcomes[:2])
+    elsewhere = {"machine": {"CPU": "another"}}
+    changed = replace(outcomes[1], claim="Another.", **elsewhere)  # type: ignore[arg-type]
+    proof.rows[1] = replace(proof.rows[1], claim="Another")
+    new = [replace(outcomes[2], measured="new", **elsewhere)]  # type: ignore[arg-type]
+    found = rows.Page(page).merged(proof.rows, new)
+    assert [(each.number, each.measured) for each in found] == [(1, "old"), (3, "new")], (
+        "the second claims something else"
+    )
+    rows.Page(page).write("speed", [*found, changed])
+    assert "Rows 1: date" in page.read_text() and "Rows 3, 2: CPU another" in page.read_text()
 
 
 def test_the_page_shows_the_other_side_as_it_is_run() -> None:

@@ -27,8 +27,8 @@ PICTURES = (
 def draw(outcomes: Sequence[Outcome], folder: Path) -> list[str]:
     """Pictures of the first two rows, as far as they have settings; links to them in markdown."""
     links = []
-    for outcome, (file, names, told) in zip(outcomes, PICTURES, strict=False):
-        if outcome.settings:
+    for number, (file, names, told) in enumerate(PICTURES, start=1):
+        for outcome in (each for each in outcomes if each.number == number and each.settings):
             over_sizes(outcome.settings, names, folder / file)
             links.append(f"![{told}](img/{file})")
     return links

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +63,7 @@ class Outcome:
     seconds: float
     conditions: str
     settings: Sequence[Mapping[str, Any]] = ()
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
         """A few lines for a terminal."""
@@ -138,6 +139,7 @@ class Row:
             round(time.perf_counter() - began, 1),
             "; ".join(filter(None, [measured.conditions, "quick" if quick else ""])),
             measured.settings,
+            machine(),
         )
 
 
@@ -184,13 +186,22 @@ class Page:
             raise ValueError(f"{path}: expected the marks {BEGIN} and {END}, found {found or 'none'} {closed}")
         self._before, self._after = before + BEGIN, END + after
 
+    def merged(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[Outcome]:
+        """These outcomes, and what the page has of other rows that make the same claims still."""
+        record = self.path.with_suffix(".json")
+        there = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"rows": [], "machine": {}}
+        former = [Outcome(**{"machine": there["machine"], **row}) for row in there["rows"]]
+        claims = {row.number: (row.claim, row.demanded) for row in rows}
+        by_number = {each.number: each for each in former if claims.get(each.number) == (each.claim, each.demanded)}
+        by_number |= {each.number: each for each in outcomes}
+        return [by_number[number] for number in sorted(by_number)]
+
     def write(self, name: str, outcomes: Sequence[Outcome], pictures: Sequence[str] = ()) -> None:
         """Put the table and links to pictures between the marks, and the rows into the JSON file beside the page."""
-        facts = machine()
-        told = ", ".join(f"{key} {value}" for key, value in facts.items())
         header = ["#", "claim", "demanded", "measured", "verdict", "seconds", "conditions"]
         lines = [
-            f"Written by `scripts/prove {name}`; {told}.",
+            f"Written by `scripts/prove {name}`.",
+            *_measured_on(outcomes),
             "",
             *_header(header),
             *(outcome.cells() for outcome in outcomes),
@@ -199,8 +210,19 @@ class Page:
         ]
         table = "\n".join(lines)
         self.path.write_text(f"{self._before}\n{table}\n{self._after}", encoding="utf-8")
-        record = {"proof": name, "machine": facts, "rows": [asdict(outcome) for outcome in outcomes]}
+        record = {"proof": name, "rows": [asdict(outcome) for outcome in outcomes]}
         self.path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _measured_on(outcomes: Sequence[Outcome]) -> list[str]:
+    """A sentence for each machine and day."""
+    rows: dict[str, list[int]] = {}
+    for outcome in outcomes:
+        told = ", ".join(f"{key} {value}" for key, value in outcome.machine.items())
+        rows.setdefault(told, []).append(outcome.number)
+    if len(rows) < 2:
+        return [f"Measured on: {told}." for told in rows]
+    return [f"Rows {', '.join(map(str, numbers))}: {told}." for told, numbers in rows.items()]
 
 
 def machine() -> dict[str, str]:
