@@ -189,8 +189,8 @@ class Page:
     def merged(self, rows: Sequence[Row], outcomes: Sequence[Outcome]) -> list[Outcome]:
         """These outcomes, and what the page has of other rows that make the same claims still."""
         record = self.path.with_suffix(".json")
-        there = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"rows": [], "machine": {}}
-        former = [Outcome(**{"machine": there["machine"], **row}) for row in there["rows"]]
+        there = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {"rows": []}
+        former = [Outcome(**{"machine": there.get("machine", {}), **row}) for row in there["rows"]]
         claims = {row.number: (row.claim, row.demanded) for row in rows}
         by_number = {each.number: each for each in former if claims.get(each.number) == (each.claim, each.demanded)}
         by_number |= {each.number: each for each in outcomes}
