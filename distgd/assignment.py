@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from distgd.optim import OptimizerSpec, Schedule
+from distgd.policy import Applied
 from distgd.sources import Order
 from distgd.stopping import Judge
 
@@ -41,7 +42,8 @@ class Assignment:
     """What the run is to do: `steps` global batches of `order` in one mode.
 
     `staged` is sync mode; elsewhere `staleness` is the bound, None in async. Evaluation happens every
-    `evaluate_steps` or every `evaluate_seconds`, and at the end. The run may end before `steps`: `seconds` after it
+    `evaluate_steps` or every `evaluate_seconds`, and at the end; checkpoints are made every `save_steps` or every
+    `save_seconds` and at the end, or, with neither, never. The run may end before `steps`: `seconds` after it
     began, by the `judge` of its evaluations, or when somebody asks for it.
     """
 
@@ -55,6 +57,8 @@ class Assignment:
     evaluate_seconds: float | None
     seconds: float | None = None
     judge: Judge = field(default_factory=Judge)
+    save_steps: int | None = None
+    save_seconds: float | None = None
 
     @property
     def waits(self) -> bool:
@@ -80,6 +84,13 @@ class Assignment:
         if steps < self.order.steps_per_epoch:
             return steps * self.order.slots
         return (steps - 1) * self.order.slots + self.order.filled(steps - 1)
+
+    def samples(self, applied: Applied) -> int:
+        """The samples of slots."""
+        epochs, rest = divmod(applied.steps, self.order.steps_per_epoch)
+        whole = epochs * self.order.samples + min(rest * self.order.batch, self.order.samples)
+        places = (self.order.places(step, slot) for step, slot in applied.beyond)
+        return whole + sum(stop - first for first, stop in places)
 
     def slots(self) -> Iterator[tuple[int, int]]:
         """Every (step, slot) that holds samples, in order."""

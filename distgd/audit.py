@@ -5,7 +5,7 @@ A ledger is only ever added to. Its lines:
     begin     where samples come from: `samples`, `batch`, `slots`, `mode`; the first line
     applied   slot `slot` of step `step` counted: places `first` to `last` of the epoch's order
     dropped   the same, but its step was decided without it (quorum)
-    rollback  what was counted from step `step` on is void and is done again, but for the slots in `kept`
+    rollback  what was counted from step `step` on is void; what is not done again follows once more
     end       the run went through `step` steps; where it is missing, the run was cut off or goes on
 
 Places are counted and not slots, so that a slot that is cut otherwise than its fellows is found out.
@@ -130,18 +130,18 @@ class _History:
                 where = self.applied if state == "applied" else self.dropped
                 where[int(line["step"])].append((int(line["slot"]), int(line["first"]), int(line["last"])))
             case "rollback":
-                self._rollback(int(line["step"]), {(int(step), int(slot)) for step, slot in line["kept"]})
+                self._rollback(int(line["step"]))
             case "end":
                 self.end = int(line["step"])
             case other:
                 raise ValueError(f"a state {other!r}")
 
-    def _rollback(self, step: int, kept: set[tuple[int, int]]) -> None:
+    def _rollback(self, step: int) -> None:
         self.rollbacks += 1
         self.end = None
         for where in (self.applied, self.dropped):
             for later in [each for each in where if each >= step]:
-                where[later] = [slot for slot in where[later] if (later, slot[0]) in kept]
+                del where[later]
 
     def counted(self) -> Audit:
         steps = self.end if self.end is not None else self._reached()

@@ -1,6 +1,6 @@
 """The command line. It reads arguments, calls what is below, prints, and ends with an exit code.
 
-    0 ok   1 failed   2 bad config or input   3 diverged   130 Ctrl-C
+    0 ok   1 failed   2 bad config or input   3 diverged   75 SIGTERM   130 Ctrl-C
 
 With `--json` everything for people goes to stderr and the last line of stdout is one JSON object, at every exit; where
 the run could not be finished it has `status` and `error`. Nothing heavy is imported before it is needed: `--help`
@@ -134,18 +134,24 @@ def commands() -> None:
 @click.argument("config")
 @overrides_argument
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, start nothing.")
+@click.option(
+    "--resume", default="never", metavar="never|auto|PATH", help="Go on from the newest checkpoint, or from this one."
+)
 @as_json
-def train(config: str, overrides: tuple[str, ...], dry_run: bool) -> Payload:
+def train(config: str, overrides: tuple[str, ...], dry_run: bool, resume: str) -> Payload:
     """Train what the file CONFIG says.
 
     Single keys are changed behind it:
 
     \b
         distgd train configs/quickstart.yaml cluster.workers=4 optimizer.lr=0.01
+
+    With --resume auto and run.name=NAME the same command begins the run, goes on with it after whatever ended it, and
+    says so when it is finished.
     """  # noqa: D301 - click reads the control character
     settings, name = _load(config, overrides), Path(config).stem
     _check_temporary_folder()
-    return _plan(settings, name) if dry_run else _train(settings, name)
+    return _plan(settings, name) if dry_run else _train(settings, name, resume)
 
 
 def _plan(config: Config, name: str) -> Payload:
@@ -159,11 +165,11 @@ def _plan(config: Config, name: str) -> Payload:
     return {**plan.as_dict(), "predicted": expected.as_dict()}
 
 
-def _train(config: Config, name: str) -> Payload:
+def _train(config: Config, name: str, resume: str) -> Payload:
     from distgd import trainer
 
     with closing(_Line()) as line:
-        result: Payload = trainer.launch(config, name, line, began=STARTED).as_dict()
+        result: Payload = trainer.launch(config, name, line, began=STARTED, resume=resume).as_dict()
     try:
         _show_result(result)
     except OSError:  # the run is done and recorded, whoever listens

@@ -23,6 +23,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -39,6 +40,7 @@ from distgd.wire import Codec
 
 log = logging.getLogger("distgd.cluster")
 
+GLANCE = 0.05  # seconds between two looks at a chore
 POLL = 0.2  # seconds between two looks at Ray for processes that are gone
 PATIENCE = 5.0  # seconds that processes get to end by themselves
 MESSAGE_SLACK = 1 << 20  # bytes of a message beside its arrays
@@ -100,6 +102,8 @@ class Process:
             _give_way()
         self._me = me
         self._work: deque[Any] = deque()  # what is to be computed, in order
+        self._chores = ThreadPoolExecutor(1, "chores")  # no thread before there is one
+        self._begun: deque[Future[Any]] = deque()
         self._endpoint = _endpoint(me, role, secret, max_bytes, listen=listen, alone=alone)
 
     def whereabouts(self) -> Place:
@@ -127,7 +131,10 @@ class Process:
 
     def _loop(self, actor: Actor) -> str:
         while True:
-            arrived = self._endpoint.receive(0.0 if self._work else 1.0)
+            arrived = self._endpoint.receive(0.0 if self._work else 1.0 if not self._begun else GLANCE)
+            if self._begun and self._begun[0].done():
+                for effect in actor.handle(self._me, self._begun.popleft().result()):
+                    self._do(effect)
             if arrived is not None:
                 effects = actor.handle(*arrived)
             elif self._work:
@@ -150,6 +157,9 @@ class Process:
             case ev.Update(effects):
                 for each in effects:
                     self._do(each)
+            case ev.Beside(chore):
+                chore.begin()
+                self._begun.append(self._chores.submit(chore.finish))
 
 
 def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: str, alone: bool) -> Endpoint:

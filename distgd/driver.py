@@ -17,11 +17,12 @@ from distgd.assignment import Assignment, Cast
 from distgd.errors import BadInput, DistgdError, Diverged, ProcessLost, RunFailed
 from distgd.evaluations import Best, Evaluations
 from distgd.ledger import Ledger, assign
+from distgd.policy import Applied
+from distgd.saving import Progress, Saving, Whole
 from distgd.stopping import Stop
 from distgd.tally import Tally
 
-FINAL = 1 << 30
-"""The number of the run's last snapshot, above all others."""
+FINAL = ev.FINAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +47,51 @@ class Keep:
 
 
 @dataclass(frozen=True, slots=True)
+class Save:
+    """Every shard has written its file: make a checkpoint of them, and tell the driver with `saved`."""
+
+    whole: Whole
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The run is over: `error` is None where it was completed or stopped."""
 
     error: DistgdError | None
 
 
-Effect = ev.Send | Log | Account | Keep | Finish
+Effect = ev.Send | Log | Account | Keep | Save | Finish
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on: at `step`, with what `Driver.progress` gave; `applied` in bounded and async mode.
+
+    `version` is a number that stands for all that is done.
+    """
+
+    step: int
+    version: int
+    progress: Progress
+    applied: Applied | None = None
 
 
 class Driver:
-    """The state machine; the trainer performs its effects."""
+    """The state machine; the trainer performs its effects.
 
-    def __init__(self, cast: Cast, assignment: Assignment, now: float, nodes: tuple[tuple[int, ...], ...] = ()) -> None:
+    Args:
+        nodes: the live incarnations by machine.
+        resumed: where the run goes on, None where it begins.
+    """
+
+    def __init__(
+        self,
+        cast: Cast,
+        assignment: Assignment,
+        now: float,
+        nodes: tuple[tuple[int, ...], ...] = (),
+        resumed: Resumed | None = None,
+    ) -> None:
         self.cast = cast
         self._nodes = nodes if len(nodes) > 1 else ()
         self.assignment = assignment
@@ -74,16 +107,70 @@ class Driver:
         self._newest = max(self._live)
         self._generation = 0
         limit = None if assignment.staleness is None else assignment.staleness + 1
+        self._accounted = Applied(assignment.order.filled)  # slots that are in the ledger's file (bounded, async)
         self._ledger = Ledger(assignment.slots(), limit)
         self._requests: deque[int] = deque()  # workers that have room for a lease, in the order they asked
         self._gathered: list[tuple[int, ev.LeaseEnded]] = []  # applied slots that do not make a whole step yet
+        self._carried = 0  # such slots of an earlier process
         self.evaluations = Evaluations(assignment, now)
         self._limit: int | None = None  # the steps that may be committed before the next word
         self._scored = cast.evaluator is None  # whether the last version's evaluation is in
+        self._leaving: DistgdError | None = None  # why the run ends with the next checkpoint
+        if resumed is not None:
+            self._restore(resumed, now)
+        self.saving = Saving(
+            assignment.save_steps,
+            assignment.save_seconds,
+            shards=len(cast.shards),
+            staged=assignment.staged,
+            step=self.tally.steps,
+            version=self.tally.versions,
+            now=now,
+        )
 
-    def start(self) -> list[Effect]:
+    def start(self, now: float) -> list[Effect]:
         """Tell everybody who is who, which sets the workers off."""
-        return [*self._evaluate(self.tally.began), *self._announce()]
+        if self._over:  # it had ended when it was cut off
+            limit = [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))] if self.assignment.staged else []
+            return [*limit, *self._announce(), *self._finale(now)]
+        return [*self._evaluate(now), *self._save(now), *self._announce()]
+
+    def _restore(self, resumed: Resumed, now: float) -> None:
+        progress, assignment = resumed.progress, self.assignment
+        self.tally.restore(progress["tally"], now)
+        assignment.judge.restore(progress["judge"])
+        if resumed.applied is not None:
+            done = resumed.applied
+            self.tally.versions = assignment.versions(done.steps) + len(done.beyond)
+            self.tally.steps = assignment.steps_of(self.tally.versions)
+            self.tally.samples = assignment.samples(done)
+            self._carried = self.tally.versions - assignment.versions(self.tally.steps)
+            begun = max([done.steps, *(step + 1 for step, _ in done.beyond)])
+            slots = (slot for slot in assignment.slots() if slot not in done)
+            self._ledger = Ledger(slots, self._ledger.limit, begun)
+            self._accounted = done
+        self.evaluations.restore(progress["evaluations"], self.tally.steps, self.tally.began)
+        if progress["ended"] is not None:
+            self.ended, self.steps = progress["ended"], self.tally.steps
+
+    def rolled_back(self, resumed: Resumed | None) -> list[Account]:
+        """What the ledger is to say of it: what is void, and what is not, whoever had got to know of it."""
+        if resumed is None or resumed.applied is None:
+            return [self._line({"state": "rollback", "step": resumed.step if resumed else 0})]
+        step = min(resumed.progress["accounted"], resumed.applied.steps)
+        whole = ((t, k) for t in range(step, resumed.applied.steps) for k in range(self.assignment.order.filled(t)))
+        again = [self._account(t, k, "applied") for t, k in (*whole, *resumed.applied.beyond)]
+        return [self._line({"state": "rollback", "step": step}), *again]
+
+    def progress(self) -> Progress:
+        """All that this one would need to go on from here, for JSON."""
+        return {
+            "tally": self.tally.as_dict(),
+            "judge": self.assignment.judge.as_dict(),
+            "evaluations": self.evaluations.as_dict(self.tally.began),
+            "accounted": self._accounted.steps,
+            "ended": self.ended if self._over else None,
+        }
 
     def handle(self, source: int, event: Any, now: float) -> list[Effect]:
         """Take one message of incarnation `source`."""
@@ -105,15 +192,19 @@ class Driver:
                 return self._evaluated(event, now)
             case ev.SnapshotSent():
                 return self._sent(event, now)
+            case ev.ShardWritten():
+                return self._written(event, now)
+            case ev.Limited() if self._leaving is not None:
+                return self._ask_to_save(event.steps, now)
             case ev.Limited():
-                return self._ends_at(event.steps) if self.ended else []
+                return self._ends_at(event.steps, now) if self.ended else []
             case _:
                 return []
 
-    def stop(self, stop: Stop) -> list[Effect]:
+    def stop(self, stop: Stop, now: float) -> list[Effect]:
         """End the run cleanly, as somebody outside asks for."""
         before = self.ended
-        effects = self._end_early(f"stopped: {stop.why}")
+        effects = self._end_early(f"stopped: {stop.why}", now)
         self.stopped = self.stopped or self.ended is not before  # one that comes when the run is over changes nothing
         return effects
 
@@ -152,6 +243,8 @@ class Driver:
 
     def _grant(self, now: float) -> list[Effect]:
         effects: list[Effect] = []
+        if self._leaving is not None:
+            return []
         busy = {lease.worker for lease in self._ledger.open.values()}
         for worker in sorted(self._requests, key=busy.__contains__):  # those without a slot before those with one
             lease = self._ledger.grant(worker, now)
@@ -167,20 +260,22 @@ class Driver:
         if self._ledger.end(ended.lease, applied=applied) is None:
             return []
         if not applied:
-            return [*self._expire(source, ended.lease), *self._grant(now)]
+            return [*self._expire(source, ended.lease), *self._grant(now), *self._drained(now)]
         if ended.bad:
             return [Finish(_diverged(ended.step, (ended.slot,), (ended.stats,)))]
         self.tally.versions += 1
         self.tally.samples += ended.stats.samples
         self.tally.staleness.append(max(ended.staleness))
         self._gathered.append((source, ended))
-        return [self._account(ended.step, ended.slot, "applied"), *self._grant(now), *self._gather(now)]
+        self._accounted.add(ended.step, ended.slot)
+        line = self._account(ended.step, ended.slot, "applied")
+        return [line, *self._grant(now), *self._gather(now), *self._drained(now)]
 
     def _gather(self, now: float) -> list[Effect]:
         """Each K applied slots, fewer for a short last batch, are a step on the x-axis."""
-        if len(self._gathered) < self.assignment.order.filled(self.tally.steps):
+        if len(self._gathered) + self._carried < self.assignment.order.filled(self.tally.steps):
             return []
-        part, self._gathered = self._gathered, []
+        part, self._gathered, self._carried = self._gathered, [], 0
         stale = [max(ended.staleness) for _, ended in part]
         times: dict[int, dict[str, float]] = {}
         for worker, ended in part:
@@ -224,16 +319,18 @@ class Driver:
         index = {worker: i for i, worker in enumerate(self.cast.workers)}
         by_index = {index[worker]: spent for worker, spent in times.items() if worker in index}
         log = Log(self.tally.stepped(stats, by_index, extra, now if at is None else at))
+        whole = self.saving.reached(self.tally.versions, self.progress) if self.assignment.staged else None
+        saved: list[Effect] = [log] if whole is None else [log, Save(whole)]
         if self._over:
-            return [log, *self._finale()]
+            return [*saved, *self._finale(now)]
         seconds = self.assignment.seconds
         if seconds is not None and now - self.tally.began >= seconds:
-            return [log, *self._end_early(f"stop.seconds: {now - self.tally.began:.1f} s since training began")]
-        return [log, *self._evaluate(now)]
+            return [*saved, *self._end_early(f"stop.seconds: {now - self.tally.began:.1f} s since training began", now)]
+        return [*saved, *self._evaluate(now), *self._save(now)]
 
     def _account(self, step: int, slot: int, state: str) -> Account:
         first, stop = self.assignment.order.places(step, slot)
-        return Account(
+        return self._line(
             {
                 "epoch": self.assignment.order.epoch_of(step),
                 "step": step,
@@ -241,11 +338,13 @@ class Driver:
                 "state": state,
                 "first": first,
                 "last": stop - 1,
-                "timeline": self.cast.timeline,
                 "generation": self._generation,
                 "shard": "all",
             }
         )
+
+    def _line(self, line: dict[str, Any]) -> Account:
+        return Account({**line, "timeline": self.cast.timeline})
 
     # Evaluation.
 
@@ -292,7 +391,7 @@ class Driver:
         self._scored = self._scored or event.number == FINAL
         pulls = self._to_shards(ev.SnapshotPulled(self.cast.timeline, event.number)) if best else []
         early = (
-            self._end_early(verdict.ends, timed=not self.assignment.waits)
+            self._end_early(verdict.ends, now, timed=not self.assignment.waits)
             if verdict.ends and event.number != FINAL
             else []
         )
@@ -309,9 +408,81 @@ class Driver:
         """Go on to the next one, or to the last."""
         return self._last_score() if self._over else self._evaluate(now)
 
+    # Checkpoints.
+
+    def _save(self, now: float) -> list[Effect]:
+        """Ask for the next one, if it is time; the last version's is asked for at the end."""
+        step = None if self.ended or self._leaving else self.saving.next(self.tally.steps, now)
+        return self._ask_to_save(self.assignment.versions(step), now) if step is not None and step < self.steps else []
+
+    def _ask_to_save(self, version: int, now: float) -> list[Effect]:
+        """Ask for a checkpoint of `version`, unless it is there or under way."""
+        if self.saving.version == version:
+            return self._after_saving(now)
+        if self.saving.running and self.saving.asked == version:
+            return []
+        return self._snapshot(self.saving.ask(version, self.tally.versions, self.progress), version)
+
+    def _written(self, part: ev.ShardWritten, now: float) -> list[Effect]:
+        if part.error and part.number == self.saving.number and self.saving.running:
+            return self.not_saved(part.error, now)
+        whole = self.saving.written(part, self.progress)
+        return [] if whole is None else [Save(whole)]
+
+    def saved(self, whole: Whole, now: float, seconds: float) -> list[Effect]:
+        """A checkpoint is real; making it so took the driver so long."""
+        self.saving.ended(whole.parts[0].version if self.assignment.staged else self.saving.asked)
+        log = Log(self.tally.event("checkpoint", now, {"time/checkpoint": 1e3 * seconds}, folder=whole.parts[0].folder))
+        return [log, *self._after_saving(now)]
+
+    def not_saved(self, why: str, now: float) -> list[Effect]:
+        """There will be no such checkpoint: what the disk refused has been said, and training goes on."""
+        self.saving.ended(None)
+        if self._over:
+            self.saving.on = False  # and the run ends without it
+        log = Log(self.tally.event("warning", now, {}, message=f"no checkpoint: {why}"))
+        return [log, *self._after_saving(now)]
+
+    def _after_saving(self, now: float) -> list[Effect]:
+        if self._leaving is not None:
+            return [Finish(self._leaving)]
+        return self._save_last(now) if self._over else self._save(now)
+
+    def _save_last(self, now: float) -> list[Effect]:
+        """The last version's checkpoint."""
+        if self._saved:
+            return self._end()
+        return [] if self.saving.running else self._ask_to_save(self.assignment.versions(self.steps), now)
+
+    @property
+    def _saved(self) -> bool:
+        """Whether no more checkpoint is to come once the run is over."""
+        return not self.saving.on or self.saving.version == self.assignment.versions(self.steps)
+
+    def leave(self, why: DistgdError, now: float) -> list[Effect] | None:
+        """End the run with `why` after a checkpoint of what is committed by then, nothing of which is done again.
+
+        Returns:
+            None where there is nothing to wait for: the run keeps no checkpoints.
+        """
+        if not self.saving.on or self.finished:
+            return None
+        if self._over:  # the last one is on its way
+            return []
+        self._leaving = why
+        if self.assignment.staged:
+            return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))]
+        return self._drained(now)
+
+    def _drained(self, now: float) -> list[Effect]:
+        """Bounded and async: leave once nothing is under way."""
+        if self._leaving is None or self._ledger.open:
+            return []
+        return self._ask_to_save(self.tally.versions, now)
+
     # The end.
 
-    def _end_early(self, why: str, *, timed: bool = True) -> list[Effect]:
+    def _end_early(self, why: str, now: float, *, timed: bool = True) -> list[Effect]:
         """End with the steps that have been begun; in sync mode shard 0 says which ones these are."""
         if self.ended or self._over:
             return []
@@ -319,22 +490,22 @@ class Driver:
         if self.assignment.staged:
             return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))]
         self._ledger.steps = self._ledger.begun
-        return self._ends_at(self._ledger.begun)
+        return self._ends_at(self._ledger.begun, now)
 
-    def _ends_at(self, steps: int) -> list[Effect]:
+    def _ends_at(self, steps: int, now: float) -> list[Effect]:
         self.steps = min(steps, self.steps)
-        return self._finale() if self._over else []
+        return self._finale(now) if self._over else []
 
     @property
     def _over(self) -> bool:
         """Whether the last step is committed."""
         return self.tally.steps >= self.steps
 
-    def _finale(self) -> list[Effect]:
+    def _finale(self, now: float) -> list[Effect]:
         """The last version: its weights come here, and it is always evaluated."""
         last = self._snapshot(FINAL, self.assignment.versions(self.steps))
         pulled = self._to_shards(ev.SnapshotPulled(self.cast.timeline, FINAL))
-        return [*last, *pulled, *([] if self.evaluations.running else self._last_score())]
+        return [*last, *pulled, *([] if self.evaluations.running else self._last_score()), *self._save_last(now)]
 
     def _last_score(self) -> list[Effect]:
         """Evaluate the last version, unless that has just been done."""
@@ -351,6 +522,8 @@ class Driver:
 
     def _end(self) -> list[Effect]:
         if self.finished or not self._scored or not self.whole or self.evaluations.running:
+            return []
+        if not self._saved:
             return []
         self.finished = True
         return [Finish(None)]

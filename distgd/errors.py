@@ -6,7 +6,8 @@ DistgdError                 exit 1
 │   ├── DeadlineExceeded    exit 1    a wait ended: who was waited for, in which phase, since when
 │   └── ProcessLost         exit 1    a process that the run cannot do without is gone
 ├── Diverged                exit 3    a loss or a gradient stopped being finite
-└── Interrupted             exit 130  Ctrl-C or SIGTERM
+└── Interrupted             exit 130  Ctrl-C
+    └── Preempted           exit 75   SIGTERM
 """
 
 from __future__ import annotations
@@ -87,10 +88,17 @@ class Diverged(DistgdError):
 
 
 class Interrupted(DistgdError):
-    """Ctrl-C or SIGTERM: everything was stopped and the processes are gone."""
+    """Ctrl-C: everything was stopped and the processes are gone."""
 
     exit_code = 130
     status = "interrupted"
+
+
+class Preempted(Interrupted):
+    """SIGTERM, as from a cluster that takes the machine away: the same, and whoever started the run may go on."""
+
+    exit_code = 75
+    status = "preempted"
 
 
 def users_error(error: BaseException) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from distgd import events as ev
 from distgd.assignment import Assignment
@@ -34,7 +36,24 @@ class Evaluations:
         self.skipped = 0
         self.version = -1  # that the last one was of
         self.best: Best | None = None
+        self._wanted = 0  # the step of the one that is under way
         self._candidate: Best | None = None  # the best one, while its weights are on their way
+
+    def as_dict(self, began: float) -> dict[str, Any]:
+        """For JSON; one that is under way is still due. Times count from `began`."""
+        best = self.best and {"number": self.best.number, "step": self.best.step, "metrics": self.best.metrics}
+        due = self._wanted if self.running else self.due
+        return {"due": due if self.by_steps else self.due - began, "by_steps": self.by_steps, "best": best}
+
+    def restore(self, seen: Mapping[str, Any], step: int, began: float) -> None:
+        """Go on at `step` from what `as_dict` gave; where the cadence is another now, it starts there."""
+        if (best := seen["best"]) is not None:
+            self.best = Best(best["number"], best["step"], dict(best["metrics"]))
+        if self.by_steps:
+            upcoming = (step // self.interval + 1) * self.interval
+            self.due = seen["due"] if seen["by_steps"] and step <= seen["due"] < upcoming else upcoming
+        elif not seen["by_steps"]:
+            self.due = began + seen["due"]
 
     def next(self, step: int, now: float) -> int | None:
         """The step to ask for at `step` and `now`, None for none; the last step is asked for by the run's end."""
@@ -48,7 +67,7 @@ class Evaluations:
         if wanted >= self.last:
             return None
         self.due = wanted + self.interval if self.by_steps else now + self.interval
-        self.running = True
+        self.running, self._wanted = True, wanted
         self.number += 1
         return wanted
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 DRIVER = 0
-"""The driver's incarnation in the run's first timeline."""
+"""The driver's incarnation in every timeline."""
+FINAL = 1 << 30
+"""The number of a run's last snapshot, above all others."""
 
 
 # What one slot did. Carried by pushes to shard 0 (sync) or by the end of a lease (bounded, async).
@@ -62,10 +64,25 @@ class MembershipChanged:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A shard's initial weights, [its elements]; the first that it is sent."""
+    """A shard's state; the first that it is sent. Where the run keeps checkpoints, it writes number 0 of them.
+
+    `weights`, [its elements], begin a run; else all is read from the folder `checkpoint`. `version` is what that number
+    0 is called by.
+    """
 
     timeline: int
-    weights: np.ndarray[Any, Any]
+    weights: np.ndarray[Any, Any] | None
+    checkpoint: str = ""
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A shard has its state, at `version`."""
+
+    timeline: int
+    shard: int
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,11 +347,34 @@ class Limited:
 
 @dataclass(frozen=True, slots=True)
 class TakeSnapshot:
-    """Copy the first version that is at least `version` (the last at most). Sync: sent to shard 0 alone."""
+    """Copy the first version that is at least `version` (the last at most). Sync: sent to shard 0 alone.
+
+    Numbers above 0 are of evaluations, those below of checkpoints, which go to files. Each is taken once.
+    """
 
     timeline: int
     number: int
     version: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWritten:
+    """One shard's file of checkpoint `number` is durable, in `folder` of the run's; or `error` says why not.
+
+    `applied` is JSON: which slots are in it (bounded, async), else empty.
+    """
+
+    timeline: int
+    number: int
+    shard: int
+    folder: str
+    file: str
+    sha256: str
+    size: int
+    version: int
+    buffers_version: int
+    applied: str
+    error: str
 
 
 # Leases (bounded, async): workers and the driver.
@@ -418,6 +458,7 @@ MESSAGES: tuple[type, ...] = (
     SlotStats,
     MembershipChanged,
     Load,
+    Loaded,
     Stop,
     StatusRequested,
     StatusSent,
@@ -438,6 +479,7 @@ MESSAGES: tuple[type, ...] = (
     Limit,
     Limited,
     TakeSnapshot,
+    ShardWritten,
     LeaseRequested,
     LeaseGranted,
     LeaseEnded,
@@ -481,4 +523,64 @@ class Update:
     effects: Iterator[Effect]
 
 
-Effect = Send | Compute | End | Update
+class Store:
+    """Write this state of a shard to a file, at once: it lies where the next update will change it.
+
+    Whoever is about to make that update calls `keep`, in case that nobody has written it yet.
+
+    Args:
+        name: the version that the checkpoint is called by.
+        optimizer: tensors by label, parameter and entry, as `optim.StateParts`.
+    """
+
+    def __init__(
+        self,
+        timeline: int,
+        number: int,
+        name: int,
+        version: int,
+        weights: np.ndarray[Any, Any],
+        optimizer: Any,
+        buffers: np.ndarray[Any, Any] | None,
+        buffers_version: int,
+        applied: str,
+    ) -> None:
+        self.timeline, self.number, self.name, self.version = timeline, number, name, version
+        self.weights, self.optimizer, self.buffers = weights, optimizer, buffers
+        self.buffers_version, self.applied = buffers_version, applied
+        self.written = False
+
+    def keep(self) -> None:
+        """Have copies of what is not written yet."""
+        if not self.written:
+            self.weights = self.weights.copy()
+            self.optimizer = _copied(self.optimizer)
+
+    def release(self) -> None:
+        """It is written: let go of the arrays."""
+        self.written = True
+        self.weights, self.optimizer, self.buffers = self.weights[:0], {}, None
+
+
+def _copied(tensors: Any) -> Any:
+    if isinstance(tensors, dict):
+        return {key: _copied(value) for key, value in tensors.items()}
+    return [tensor.clone() for tensor in tensors]
+
+
+class Chore(Protocol):
+    """What is begun at once, and finished beside what comes next; its answer is fed back to `handle`."""
+
+    def begin(self) -> None: ...
+
+    def finish(self) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Begin a chore now, and finish it beside everything else."""
+
+    chore: Chore
+
+
+Effect = Send | Compute | End | Update | Store | Beside

@@ -25,6 +25,7 @@ from distgd.cluster import Actor, Spec
 from distgd.transport import Envelope, InMemoryNetwork
 
 LATENCY = (50e-6, 150e-6)  # virtual seconds a message takes
+CHORE_SECONDS = 1e-2  # virtual seconds that a chore takes beside everything else
 SLOT_SECONDS = 1e-3  # virtual seconds that a slot takes where nothing else is said
 
 
@@ -92,9 +93,11 @@ class InProcessCluster:
         self._driver.send(to, message)
 
     def receive(self, timeout: float) -> tuple[int, Any] | None:
-        """Let time pass until something arrives at the driver; None where nothing ever will."""
+        """Let time pass until something arrives at the driver, for `timeout` virtual seconds at most."""
+        until = self._now + timeout
         while (arrived := self._driver.receive(0.0)) is None:
-            if not self._heap:
+            if not self._heap or self._heap[0][0] > until:
+                self._now = until
                 return None
             self._now, _, happen = heapq.heappop(self._heap)
             happen()
@@ -147,6 +150,12 @@ class InProcessCluster:
         self._do(incarnation, process.actor.handle(incarnation, done))
         self._turn(incarnation)
 
+    def _answer(self, incarnation: int, finish: Callable[[], Any]) -> None:
+        process = self._processes.get(incarnation)
+        if process is not None:
+            process.inbox.append((incarnation, finish()))
+            self._turn(incarnation)
+
     def _do(self, incarnation: int, effects: Iterable[ev.Effect]) -> None:
         for effect in effects:
             match effect:
@@ -156,6 +165,9 @@ class InProcessCluster:
                     self._processes[incarnation].work.append(work)
                 case ev.Update(later):
                     self._do(incarnation, later)
+                case ev.Beside(chore):
+                    chore.begin()
+                    self._at(self._now + CHORE_SECONDS, lambda done=chore.finish: self._answer(incarnation, done))  # type: ignore[misc]
                 case ev.End():
                     self._processes.pop(incarnation, None)
                     return

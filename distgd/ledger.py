@@ -39,20 +39,20 @@ class Ledger:
     True
     """
 
-    def __init__(self, slots: Iterable[Slot], limit: int | None) -> None:
+    def __init__(self, slots: Iterable[Slot], limit: int | None, begun: int = 0) -> None:
         self._slots = iter(slots)
         self._next = next(self._slots, None)
         self.steps: int | None = None  # new slots are granted below this step alone
-        self.begun = 0  # steps of which a slot has been granted
+        self.begun = begun  # steps of which a slot has been granted
         self._again: deque[Slot] = deque()  # slots whose lease ended otherwise than applied, oldest first
-        self._limit = limit
+        self.limit = limit
         self._number = 0
         self.open: dict[int, Lease] = {}  # by number; what is under way
         self.applied = 0
 
     def grant(self, worker: int, now: float) -> Lease | None:
         """Lease the next slot to `worker`; None where the limit is reached or no slot is left to grant."""
-        if self._limit is not None and len(self.open) >= self._limit:
+        if self.limit is not None and len(self.open) >= self.limit:
             return None
         slot = self._again.popleft() if self._again else self._take()
         if slot is None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distgd.device import Card
 from distgd.layout import Slice
-from distgd.optim import OptimizerSpec, PieceOptimizer, State
+from distgd.optim import OptimizerSpec, PieceOptimizer, State, StateParts
 
 
 class MirroredOptimizer(PieceOptimizer):
@@ -35,11 +35,14 @@ class MirroredOptimizer(PieceOptimizer):
         first, stop = self._places[number][0][0], self._places[number][-1][1]
         self._weights[first:stop].copy_(self._mirror[first:stop])
 
-    def state_dict(self) -> State:
+    def state_parts(self) -> StateParts:
         """As on the CPU, and copied there."""
         return {
-            label: {name: {entry: value.cpu() for entry, value in own.items()} for name, own in parameters.items()}
-            for label, parameters in super().state_dict().items()
+            label: {
+                name: {entry: [part.cpu() for part in parts] for entry, parts in own.items()}
+                for name, own in tensors.items()
+            }
+            for label, tensors in super().state_parts().items()
         }
 
     def load_state_dict(self, state: State) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Plan:
 
     def assignment(self) -> Assignment:
         """What the driver is to bring about."""
-        every = self.config.eval.every
+        every, saves = self.config.eval.every, self.config.checkpoint.every
         return Assignment(
             self.order,
             self.steps,
@@ -130,10 +131,12 @@ class Plan:
             every.seconds,
             self.config.stop.seconds,
             Judge.of(self.config.stop, self.config.eval.best),
+            self.every_steps(saves) if saves else None,
+            saves.seconds if saves else None,
         )
 
-    def specs(self, cast: Cast) -> dict[int, ServerSpec | WorkerSpec | EvaluatorSpec]:
-        """Every process by incarnation, shards first."""
+    def specs(self, cast: Cast, checkpoints: Path | None = None) -> dict[int, ServerSpec | WorkerSpec | EvaluatorSpec]:
+        """Every process by incarnation, shards first; checkpoints, where there are to be any, go to that folder."""
         config, consistency = self.config, self.config.consistency
         clip = config.optimizer.clip
         rules = ShardRules(
@@ -164,6 +167,8 @@ class Plan:
                 consistency.staleness,
                 self.order,
                 config.cluster.server_device,
+                self.layout,
+                None if checkpoints is None else str(checkpoints),
             )
         for incarnation in cast.workers:
             specs[incarnation] = WorkerSpec(
@@ -184,8 +189,10 @@ class Plan:
             specs[cast.evaluator] = self._evaluator(cast.evaluator, rules, self.held_out)
         return specs
 
-    def loads(self, cast: Cast) -> dict[int, Load]:
-        """The initial weights of each shard, by incarnation; views of the plan's."""
+    def loads(self, cast: Cast, checkpoint: Path | None = None, version: int = 0) -> dict[int, Load]:
+        """What each shard begins with, by incarnation: a checkpoint, or the initial weights, as views of the plan's."""
+        if checkpoint is not None:
+            return {shard: Load(cast.timeline, None, str(checkpoint), version) for shard in cast.shards}
         flat = self.replica.flat.cpu().numpy()
         slices = zip(self.layout.slices(len(cast.shards)), cast.shards, strict=True)
         return {shard: Load(cast.timeline, flat[part.start : part.stop]) for part, shard in slices}

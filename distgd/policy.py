@@ -7,9 +7,9 @@ can be tested by lists of events. Two exist: `Staged` (sync mode, invariant 3 of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from distgd.reduce import Node
 
@@ -166,8 +166,17 @@ Decision = Hold | Drop | Report | Propose | Decide | ApplyStep | ApplyPush | Lim
 class Policy(Protocol):
     """One shard's rule."""
 
+    @property
+    def applied(self) -> dict[str, Any] | None:
+        """What has been applied, beyond what the version says; None where it says all."""
+        ...
+
     def handle(self, event: Event) -> list[Decision]:
         """Take one event and say what to do, in order."""
+        ...
+
+    def restore(self, version: int, applied: Mapping[str, Any]) -> None:
+        """Go on from a version, with what `applied` was then; a new policy only."""
         ...
 
 
@@ -192,6 +201,11 @@ class Staged:
         self.measure = measure
         self.limit: int | None = None
         self._clear(attempt=0)
+
+    applied = None  # the version says it
+
+    def restore(self, version: int, applied: Mapping[str, Any]) -> None:
+        self.version = version
 
     def _clear(self, attempt: int) -> None:
         self.attempt = attempt
@@ -327,6 +341,39 @@ class Applied:
             del self._partial[self._mark]
             self._mark += 1
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: whole steps, and the slots of those that are not."""
+        return {"steps": self._mark, "slots": list(map(list, self.beyond))}
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], filled: Callable[[int], int]) -> Applied:
+        """What `as_dict` gave."""
+        applied = cls(filled)
+        applied._mark = given["steps"]
+        for step, slot in given["slots"]:
+            applied.add(step, slot)
+        return applied
+
+    @classmethod
+    def in_all(cls, several: Sequence[Applied], filled: Callable[[int], int]) -> Applied:
+        """What is in each of them."""
+        low, high = min(a._mark for a in several), max(max((a._mark, *(s + 1 for s in a._partial))) for a in several)
+        applied = cls.of({"steps": low, "slots": []}, filled)
+        for slot in ((step, k) for step in range(low, high) for k in range(filled(step))):
+            if all(slot in each for each in several):
+                applied.add(*slot)
+        return applied
+
+    @property
+    def steps(self) -> int:
+        """Steps from the first on of which every slot is in."""
+        return self._mark
+
+    @property
+    def beyond(self) -> list[tuple[int, int]]:
+        """The slots of other steps."""
+        return sorted((step, k) for step, ks in self._partial.items() for k in ks)
+
 
 class Immediate:
     """Bounded staleness and async: every slot is an update of its own.
@@ -347,7 +394,15 @@ class Immediate:
         self.reads: dict[tuple[int, int], int] = {}  # open reads: the version each lease saw
         self.held: dict[tuple[int, int], Arrived] = {}  # waiting pushes, in order of arrival; each has an open read
         self.expired: set[tuple[int, int]] = set()  # leases that ended otherwise; they open no read again
-        self.applied = Applied(filled)
+        self._filled = filled
+        self._applied = Applied(filled)
+
+    @property
+    def applied(self) -> dict[str, Any]:
+        return self._applied.as_dict()
+
+    def restore(self, version: int, applied: Mapping[str, Any]) -> None:
+        self.version, self._applied = version, Applied.of(applied, self._filled)
 
     def handle(self, event: Event) -> list[Decision]:
         match event:
@@ -365,12 +420,12 @@ class Immediate:
     def _opened(self, read: Opened) -> list[Decision]:
         if read.key in self.expired:
             return [Drop(read.key, "gone")]
-        if (read.step, read.slot) not in self.applied:
+        if (read.step, read.slot) not in self._applied:
             self.reads.setdefault(read.key, self.version)
         return []
 
     def _arrived(self, push: Arrived) -> list[Decision]:
-        if (push.step, push.slots[0]) in self.applied:
+        if (push.step, push.slots[0]) in self._applied:
             self.reads.pop(push.key, None)
             return [Drop(push.key, "covered"), *self._release()]
         if push.key in self.held:
@@ -399,11 +454,11 @@ class Immediate:
             push = self.held.pop(key)
             slot = (push.step, push.slots[0])
             read = self.reads.pop(key)
-            if slot in self.applied:
+            if slot in self._applied:
                 decisions.append(Drop(key, "covered"))
                 continue
             decisions.append(ApplyPush(key, self.version - read, apply=not push.bad))
-            self.applied.add(*slot)
+            self._applied.add(*slot)
             self.version += 1
         return decisions
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distgd import weights
@@ -55,6 +59,22 @@ class Result:
         """Everything but the weights, ready for JSON."""
         fields = {name: value for name, value in self.__dict__.items() if name != "state_dict"}
         return strict(fields)  # type: ignore[no-any-return]
+
+
+def reached(run_dir: Path) -> Result | None:
+    """The result of a run that has ended by itself, as its folder has it; None where it has not."""
+    last: dict[str, Any] = {}
+    with suppress(OSError, ValueError), (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            event = json.loads(line)
+            last = event if event.get("event") == "end" else {}
+    if last.get("status") not in ("completed", "stopped"):
+        return None
+    state = load_file(run_dir / "model.safetensors") if (run_dir / "model.safetensors").exists() else {}
+    known = {each.name for each in fields(Result)} - {"metrics", "run_dir", "state_dict"}
+    told = {name: value for name, value in last["result"].items() if name in known}
+    metrics = {name: float(value) for name, value in last["metrics"].items()}
+    return Result(**told, metrics=metrics, run_dir=str(run_dir), state_dict=state)
 
 
 def summarize(

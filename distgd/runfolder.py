@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
+import os
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
+from distgd.checkpoint import sync_folder
 from distgd.config import Config
 from distgd.errors import BadInput
 
+TAIL = 1 << 16  # bytes that are looked through at a time
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -50,6 +57,76 @@ def _remove_empty(folders: Sequence[Path]) -> None:
     with suppress(OSError):  # not made, or somebody else's run is in it by now
         for folder in folders:
             folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a driver on a run folder: the run's identity, the timeline that begins, and the folder's lock."""
+
+    run: str
+    timeline: int
+    lock: IO[bytes]
+
+
+def begin(run_dir: Path) -> Start:
+    """Begin the next timeline of a run, durably, before anything carries its number.
+
+    Raises:
+        BadInput: another driver is at work on the folder, or `run.json` in it is damaged.
+    """
+    lock = (run_dir / "lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        do = "wait for it to end, or choose another with run.name="
+        raise BadInput.at("run.name", "a run folder that no other driver works on", str(run_dir), do) from error
+    path = run_dir / "run.json"
+    before = _identity(path)
+    start = Start(before["run"], before["timeline"] + 1, lock)
+    _write_durably(path, {"run": start.run, "timeline": start.timeline})
+    return start
+
+
+def identity(run_dir: Path) -> str | None:
+    """What tells a run from all others; None where no driver has begun on the folder."""
+    return str(_identity(run_dir / "run.json")["run"]) if (run_dir / "run.json").exists() else None
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"run": str(found["run"]), "timeline": int(found["timeline"])}
+    except FileNotFoundError:
+        return {"run": secrets.token_hex(8), "timeline": 0}
+    except (ValueError, KeyError, TypeError) as error:
+        do = "restore the file, or start a new run with run.name="
+        raise BadInput.described(str(path), "the run's identity and timeline", str(error), do) from error
+
+
+def _write_durably(path: Path, value: Mapping[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+    sync_folder(path.parent)
+
+
+def mend(path: Path) -> None:
+    """Cut off what a kill left of a last line: a file of lines goes on behind its last whole one."""
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        end = at = file.seek(0, os.SEEK_END)
+        while at > 0:
+            at = max(0, at - TAIL)
+            file.seek(at)
+            if (found := file.read(end - at).rfind(b"\n")) >= 0:
+                file.truncate(at + found + 1)
+                return
+        file.truncate(0)
 
 
 def refused_by_disk(error: OSError, run_dir: Path) -> BadInput | None:

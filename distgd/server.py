@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from distgd import events as ev
+from distgd.checkpoint import Damaged, Restored, Writing, restore
 from distgd.device import Card
-from distgd.errors import BadInput
-from distgd.layout import Slice, tensor_of
+from distgd.errors import BadInput, RunFailed
+from distgd.layout import Layout, Slice, tensor_of
 from distgd.mirror import MirroredOptimizer
 from distgd.optim import OptimizerSpec, PieceOptimizer, Schedule
 from distgd.policy import Immediate, Policy, Staged
@@ -36,6 +38,7 @@ CARD_BLOCK = 1 << 22
 class ServerSpec:
     """All that a server is made of but for its weights, which the driver sends; `buffers` are shard 0's alone.
 
+    `checkpoints` is the run's folder of them, where it keeps any; `layout` says what the elements in a file are.
     `quorum` counts in sync mode, `staleness` in bounded mode; async is bounded mode with `staleness` None.
     """
 
@@ -49,6 +52,8 @@ class ServerSpec:
     staleness: int | None
     order: Order
     device: str = "cpu"
+    layout: Layout = field(default_factory=lambda: Layout((), 0, "float32"))
+    checkpoints: str | None = None
 
     role = "server"
 
@@ -106,9 +111,11 @@ class Server:
                 text = self._shard.describe() if self._shard else "waits for its initial weights"
                 return [ev.Send(source, ev.StatusSent(self._timeline, text))]
             case ev.Load():
-                self._load(event)
+                loaded = self._load(event)
                 early, self._early = self._early, []
-                return [effect for each in early for effect in self.handle(*each)]
+                return [*loaded, *(effect for each in early for effect in self.handle(*each))]
+            case ev.ShardWritten():  # by this process
+                return [ev.Send(ev.DRIVER, event)]
         if self._shard is None:
             self._early.append((source, event))
             return []
@@ -116,18 +123,42 @@ class Server:
         effects = self._shard.handle(source, event)
         return [self._timed(effect, began) for effect in effects]
 
-    def _load(self, load: ev.Load) -> None:
-        """Take the initial weights, once."""
+    def _load(self, load: ev.Load) -> list[ev.Effect]:
+        """Take the weights, once, and write them down before they change."""
         if self._shard is not None or load.timeline != self._timeline:
-            return
+            return []
         spec = self.spec
         weights = torch.from_numpy(self._allocate(spec.part.size, spec.dtype))
-        weights.copy_(tensor_of(load.weights))
+        found = self._found(load)
+        initial = load.weights if found is None else found.state.weights
+        assert initial is not None
+        weights.copy_(tensor_of(initial))
         eager = spec.quorum == spec.rules.slots
         optimizer = spec.stepper(weights)
-        self._shard = Shard(
-            spec.rules, spec.part, weights, spec.buffers, optimizer, spec.policy(), spec.schedule, eager=eager
+        buffers = spec.buffers if found is None else found.state.buffers
+        shard = self._shard = Shard(
+            spec.rules, spec.part, weights, buffers, optimizer, spec.policy(), spec.schedule, eager=eager
         )
+        if found is not None:
+            optimizer.load_state_dict(found.state.optimizer)
+            shard.restore(found.version, found.buffers_version, found.applied)
+        loaded = ev.Send(ev.DRIVER, ev.Loaded(self._timeline, spec.part.index, shard.version))
+        return [loaded] if spec.checkpoints is None else [loaded, self._written(shard.store(0, load.version))]
+
+    def _found(self, load: ev.Load) -> Restored | None:
+        """This shard's part of a checkpoint, if the run goes on from one."""
+        if load.weights is not None:
+            return None
+        try:
+            return restore(Path(load.checkpoint), self.spec.part, self.spec.layout)
+        except Damaged as error:
+            raise RunFailed(f"shard {self.spec.part.index}: the checkpoint cannot be read here: {error}") from error
+
+    def _written(self, store: ev.Store) -> ev.Effect:
+        spec = self.spec
+        assert spec.checkpoints is not None
+        me = spec.rules.incarnations[spec.part.index]
+        return ev.Beside(Writing(store, spec.checkpoints, spec.layout, spec.part.index, me))
 
     def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any:
         """A server has no work that takes time apart from messages."""
@@ -137,6 +168,8 @@ class Server:
         match effect:
             case ev.Update(effects):
                 return ev.Update(self._timed(each, began) for each in effects)
+            case ev.Store():
+                return self._written(effect)
             case ev.Send(to, ev.StepCommitted() as message):
                 now = self._clock()
                 before, self._committed = self._committed, now

@@ -13,6 +13,7 @@ clip scale is the same number for any number of shards.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -82,6 +83,7 @@ class Shard:
         self._pulls: list[tuple[int, ev.PullRequested]] = []  # reads of a version that is still to come
         self._published: Array | None = None  # a copy of this version's weights, shared by all answers
         self._snapshots = Snapshots(rules.timeline, part.index)
+        self._stores: list[ev.Store] = []  # what may not have been written yet
         self._limit: int | None = None  # shard 0: the first step that may not be decided yet
         self._members = ev.MembershipChanged(rules.timeline, -1, frozenset(), -1, ())
         self._near: frozenset[int] = frozenset()  # who is on this machine
@@ -95,6 +97,29 @@ class Shard:
     def leads(self) -> bool:
         """Whether this is shard 0, which decides."""
         return self.part.index == 0
+
+    def restore(self, version: int, buffers_version: int, applied: str) -> None:
+        """Go on from `version`, whose weights and optimizer's state are in place; `applied` is what `Store` said."""
+        self.version, self.buffers_version = version, buffers_version
+        self.policy.restore(version, json.loads(applied) if applied else {})
+
+    def store(self, number: int, name: int) -> ev.Store:
+        """This version for a file: all that the steps to come depend on."""
+        applied = self.policy.applied
+        self._stores = [store for store in self._stores if not store.written]
+        store = ev.Store(
+            self.rules.timeline,
+            number,
+            name,
+            self.version,
+            self.weights.numpy(),
+            self.optimizer.state_parts(),
+            self.buffers,
+            self.buffers_version,
+            "" if applied is None else json.dumps(applied),
+        )
+        self._stores.append(store)
+        return store
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message of incarnation `source`; what is not for this timeline or from the dead has no effect."""
@@ -209,8 +234,9 @@ class Shard:
         self._published = None
         ready = [read for read in self._pulls if read[1].at_least <= self.version]
         self._pulls = [read for read in self._pulls if read[1].at_least > self.version]
-        answers = (effect for read in ready for effect in self._weights_for(*read, there=read in there))
-        return [*self._take_due(), *answers]
+        answers = [effect for read in ready for effect in self._weights_for(*read, there=read in there)]
+        sent, stored = self._take_due()
+        return [*sent, *answers, *stored]  # workers wait, files do not
 
     # Gradients.
 
@@ -412,6 +438,9 @@ class Shard:
         Returns:
             After each block, how many of the shard's first elements are done.
         """
+        for store in self._stores:
+            store.keep()
+        self._stores.clear()
         for number, block in enumerate(self._blocks):
             grad = mean.block(block.first, block.stop, self._scratch[: block.stop - block.first])
             self.optimizer.step_block(number, [grad[lo:hi] for lo, hi in block.parts], factor)
@@ -446,28 +475,38 @@ class Shard:
         at = min(ask.version, self.rules.last)
         if not (self.rules.staged and self.leads):
             self._snapshots.due[ask.number] = at
-            for number in self._snapshots.due:  # an earlier number that is due later never comes: the run ends here
-                self._snapshots.due[number] = (
-                    min(at, self._snapshots.due[number]) if number < ask.number else self._snapshots.due[number]
-                )
-            return self._take_due()
+            for number in self._snapshots.due:  # an earlier one that is due later never comes: the run ends here
+                if number != ask.number and self._goes_with(number, ask.number):
+                    self._snapshots.due[number] = min(at, self._snapshots.due[number])
+            return self._due()
         # Sync: the number travels with the decision that makes its version, so that all shards take the same one.
-        self._snapshots.due[ask.number] = at if at > self.version else self.version + 1
+        self._snapshots.due[ask.number] = max(at, self.version + 1)
         stands = self._limit is not None and self.version >= self._limit and at <= self.version
-        if self.version < self.rules.last and not stands:
+        if self.version < self.rules.last and not stands and at != self.version:
             return []
-        now = [number for number in self._snapshots.due if number <= ask.number]
+        now = [number for number in self._snapshots.due if self._goes_with(number, ask.number)]
         self._snapshots.due |= dict.fromkeys(now, self.version)
         others: list[ev.Effect] = [
             ev.Send(shard, replace(ask, number=number, version=self.version))
             for number in now
             for shard in self.rules.incarnations[1:]
         ]
-        return [*others, *self._take_due()]
+        return [*others, *self._due()]
 
-    def _take_due(self) -> list[ev.Effect]:
+    @staticmethod
+    def _goes_with(number: int, asked: int) -> bool:
+        """Whether a snapshot is due at the latest when `asked` is: an earlier evaluation; all before the run's last."""
+        return number == asked or asked == ev.FINAL or 0 < number < asked
+
+    def _due(self) -> list[ev.Effect]:
+        sent, stored = self._take_due()
+        return [*sent, *stored]
+
+    def _take_due(self) -> tuple[list[ev.Effect], list[ev.Effect]]:
+        """What is due for readers, and what is due for files."""
+        stored = [self.store(number, name) for number, name in self._snapshots.stored(self.version)]
         taken = self._snapshots.take(self.version, self._copy, self.buffers)
-        return [ev.Send(reader, snapshot) for reader, snapshot in taken]
+        return [ev.Send(reader, snapshot) for reader, snapshot in taken], list(stored)
 
     def _copy(self) -> Array:
         if self._published is None:

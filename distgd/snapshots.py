@@ -1,4 +1,4 @@
-"""A shard's copies of versions, for evaluation and for the end of a run.
+"""A shard's copies of versions: for evaluation, for the end of a run, and for checkpoints, which go to files.
 
 A snapshot has a number and is due at a version; it is taken between applying and answering, once for each number.
 """
@@ -29,10 +29,19 @@ class Snapshots:
         self._taken: OrderedDict[int, SnapshotSent] = OrderedDict()
         self._readers: dict[int, list[int]] = {}
         self.due: dict[int, int] = {}
+        self._stored: set[int] = set()
 
     def has(self, number: int) -> bool:
         """Whether a number has been taken, and lately."""
-        return number in self._taken
+        return number in self._taken or number in self._stored
+
+    def stored(self, version: int) -> list[tuple[int, int]]:
+        """Numbers of checkpoints that are due at `version`, each with the version that it was asked for."""
+        due = [(number, at) for number, at in self.due.items() if number < 0 and at <= version]
+        for number, _ in due:
+            del self.due[number]
+            self._stored.add(number)
+        return due
 
     def take(
         self, version: int, copy: Callable[[], Array], buffers: Array | None

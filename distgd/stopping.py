@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from distgd.config import Best, Patience, Target, better
 from distgd.config import Stop as StopSection
@@ -92,6 +92,16 @@ class Judge:
         self.check(metrics)
         beaten = {name: leader.beaten_by(metrics[leader.metric]) for name, leader in self.leaders.items()}
         return Verdict(beaten.get("best", False), self._reached(metrics) or self._waited())
+
+    def as_dict(self) -> dict[str, Any]:
+        """What it has seen, for JSON."""
+        return {name: [leader.value, leader.since] for name, leader in self.leaders.items()}
+
+    def restore(self, seen: Mapping[str, Any]) -> None:
+        """Go on from what `as_dict` gave; a rule that was not there then starts anew."""
+        for name, (value, since) in seen.items():
+            if name in self.leaders:
+                self.leaders[name].value, self.leaders[name].since = value, since
 
     def check(self, metrics: Mapping[str, object]) -> None:
         """Whether every metric that the config names is among `metrics`; raises as `evaluated` does."""

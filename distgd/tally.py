@@ -20,6 +20,7 @@ from distgd.records import per_worker
 
 WINDOW, WINDOW_SECONDS = 20, 0.5
 """Steps over which the throughput is taken, and seconds at least: reports of several steps may come at once."""
+COUNTS = ("steps", "versions", "samples", "dropped", "late_slots", "skipped_evaluations")
 PHASES = ("compute", "push", "wait", "pull", "apply")
 
 
@@ -44,6 +45,22 @@ class Tally:
 
     def __post_init__(self) -> None:
         self._window: deque[tuple[float, int]] = deque([(self.began, 0)])
+        self._before = (0, 0)  # steps and samples that were counted in another process
+
+    def as_dict(self) -> dict[str, Any]:
+        """The counts, for JSON; intervals and staleness are those of one process and stay behind."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        seconds = self.last_commit - self.began if self.first_commit is not None else 0.0
+        return {**counts, "seconds": seconds, "metrics": dict(self.metrics)}
+
+    def restore(self, counts: Mapping[str, Any], now: float) -> None:
+        """Go on from what `as_dict` gave: time goes on from there, too."""
+        for name in COUNTS:
+            setattr(self, name, counts[name])
+        self.metrics = {name: float(value) for name, value in counts["metrics"].items()}
+        self.began, self.last_commit = now - counts["seconds"], now
+        self._window = deque([(now, self.samples)])
+        self._before = (self.steps, self.samples)
 
     def stepped(
         self,
@@ -93,7 +110,8 @@ class Tally:
         """From the first commit to the last; None before the second."""
         if self.first_commit is None or self.last_commit <= self.first_commit:
             return None
-        return self.samples * (self.steps - 1) / self.steps / (self.last_commit - self.first_commit)
+        steps, samples = self.steps - self._before[0], self.samples - self._before[1]
+        return samples * (steps - 1) / steps / (self.last_commit - self.first_commit)
 
     def step_ms(self) -> dict[str, float | None]:
         """Time between commits."""

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,11 +25,22 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd import weights
+from distgd.checkpoint import Damaged, check
 from distgd.cluster import Cluster, RayCluster
 from distgd.config import Config, load
-from distgd.driver import Account, Driver, Effect, Finish, Keep, Log
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, Interrupted, RunFailed, blaming, users_error
+from distgd.driver import Account, Driver, Effect, Finish, Keep, Log, Resumed, Save
+from distgd.errors import (
+    BadInput,
+    DeadlineExceeded,
+    DistgdError,
+    Interrupted,
+    Preempted,
+    RunFailed,
+    blaming,
+    users_error,
+)
 from distgd.inprocess import InProcessCluster
+from distgd.keeping import Keeping
 from distgd.layout import state
 from distgd.plan import Plan
 from distgd.prepare import prepare
@@ -37,9 +48,11 @@ from distgd.records import Jsonl, Many, RunEnd, Tracker
 from distgd.report import write_report
 from distgd.resources import by_role
 from distgd.result import Result, summarize
-from distgd.runfolder import give_back, missing, new_folder, refused_by_disk
+from distgd.resume import Found, find, finished, in_place, resumed
+from distgd.runfolder import begin, give_back, mend, missing, new_folder, refused_by_disk
 from distgd.runinfo import describe
-from distgd.signals import interruptible
+from distgd.saving import Whole
+from distgd.signals import Signals, Terminated, interruptible
 from distgd.sources import undisturbed
 from distgd.stopping import Stop
 from distgd.tasks import Pieces, Task, tracker
@@ -50,6 +63,8 @@ __all__ = ["Plan", "Result", "launch", "new_folder", "prepare", "train"]
 log = logging.getLogger("distgd.trainer")
 
 POINTS = 1000  # of each metric in MLflow, where the config does not say
+LISTENING = 0.5  # seconds between two looks at what signals have been heard
+LEAVING_SECONDS = 60.0  # that a signal's checkpoint may take
 REST = 0.005  # seconds between two looks at what shards have committed
 STATUS_SECONDS = 3.0  # how long processes get to say what they do before a deadline's error is written
 
@@ -69,6 +84,7 @@ def train(
     collate: Any = None,
     task: Task | None = None,
     on_event: Watch | None = None,
+    resume: str = "never",
 ) -> Result:
     """Train what `config` says: a path, a mapping or a `Config`, with `section.key=value` overrides behind it.
 
@@ -89,6 +105,8 @@ def train(
         task: all of these as the methods of one object.
         on_event: sees every committed step, evaluation and fault, here in the driver's thread, as `metrics.jsonl` has
             it. It ends the run cleanly by returning `distgd.Stop("why")`; an exception in it fails the run.
+        resume: `auto` goes on from the newest whole checkpoint of the run that `run.name` names, and begins one where
+            there is none; the folder of a checkpoint goes on from there; `never` is a new run.
 
     Raises:
         BadInput: nothing was started.
@@ -120,7 +138,7 @@ def train(
         overrides += (f"task={json.dumps(_origin(task))}",)
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     watch = _recorded_only(on_event) if on_event is not None else lambda event: None
-    return launch(load(config, overrides, os.environ), name, watch, task=task, began=began)
+    return launch(load(config, overrides, os.environ), name, watch, task=task, began=began, resume=resume)
 
 
 def _origin(task: Task) -> dict[str, str]:
@@ -152,6 +170,7 @@ def launch(
     task: Task | None = None,
     began: float | None = None,
     cluster: Cluster | None = None,
+    resume: str = "never",
 ) -> Result:
     """`train` with the config resolved; `watch` sees every event on the driver, the start among them.
 
@@ -162,13 +181,19 @@ def launch(
     """
     with undisturbed():
         config, parent = _in_active_run(config)
-        plan = prepare(_absolute(config), task, name)
-        also = [tracker(path) for path in config.tracking.also]
+        config = _absolute(config)
+        found = None if resume == "never" else find(config, resume)
+        plan = prepare(config if found is None else in_place(config, found), task, name)
+        also = [tracker(path) for path in plan.config.tracking.also]
+        goes_on = resumed(found, plan)
+        if found is not None and (done := finished(found, plan)) is not None:
+            return done
         made = missing(Path(plan.config.run.storage))
-        run_dir = new_folder(plan.config, name)
+        run_dir = new_folder(plan.config, name) if found is None else found.run_dir
         run = _Run(plan, run_dir, watch, began if began is not None else time.time(), parent, also)
-        run.made = made
-        with interruptible(lambda: run.closing) as run.listen_to_signals:
+        run.made = made if found is None else []
+        run.found, run.goes_on = found, goes_on
+        with interruptible(lambda: run.closing) as run.signals:
             return run.execute(cluster)
 
 
@@ -203,9 +228,12 @@ class _Run:
     def __init__(
         self, plan: Plan, run_dir: Path, watch: Watch, began: float, parent: str | None, also: list[Tracker]
     ) -> None:
-        self.listen_to_signals: Callable[[], None] = lambda: None
+        self.signals = Signals(lambda: True)
         self.plan = plan
         self.run_dir = run_dir
+        self.start = begin(run_dir)
+        self.found: Found | None = None  # the run that goes on
+        self.goes_on: Resumed | None = None
         self.made: list[Path] = []  # folders that were made for the run folder
         self.watch = watch
         self.began = began
@@ -213,11 +241,14 @@ class _Run:
         self.driver: Driver | None = None
         self.first_commit: float | None = None  # seconds since `began`
         self.closing = False
-        self.cast = plan.cast()
+        self.cast = plan.cast(self.start.timeline)
+        self.assignment = plan.assignment()
         self.mlflow = _mlflow(plan) if plan.config.tracking.uri != "none" else None
         self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []), *also)
         self.ledger: IO[str]
+        self.keeping: Keeping | None = None
         self.files = ExitStack()
+        self.files.enter_context(self.start.lock)
         self.final: dict[str, Tensor] = {}  # the last version, once it is here
 
     def execute(self, cluster: Cluster | None) -> Result:
@@ -226,8 +257,8 @@ class _Run:
         try:
             self._begin()
             self._train(cluster or _cluster(self.plan))
-        except KeyboardInterrupt:
-            error = Interrupted("interrupted; what was committed so far is in " + str(self.run_dir))
+        except KeyboardInterrupt as heard:
+            error = self._interrupted(heard)
         except Exception as raised:  # noqa: BLE001 - the trackers are told, whatever it is
             error = self._error(raised)
         self.closing = True  # the end of a run takes a bounded time, and is not cut in two
@@ -239,7 +270,7 @@ class _Run:
         if isinstance(error, BadInput) and self.first_commit is not None:
             error = RunFailed(str(error))
         result = self._finish(error)
-        if isinstance(error, BadInput):  # found on the cluster; the same command, corrected, starts anew
+        if isinstance(error, BadInput) and self.found is None:  # the same command, corrected, starts anew
             give_back(self.run_dir, self.made)
             raise error
         if error is not None:
@@ -250,14 +281,21 @@ class _Run:
     def _begin(self) -> None:
         """The run folder's files, the trackers, and what the plan warns of."""
         (self.run_dir / "config.yaml").write_text(self.plan.config.to_yaml(), encoding="utf-8")
+        for name in ("ledger.jsonl", "metrics.jsonl"):
+            mend(self.run_dir / name)
         ledger = (self.run_dir / "ledger.jsonl").open("a", buffering=1, encoding="utf-8")
         self.ledger = self.files.enter_context(ledger)
-        order, mode = self.plan.assignment().order, self.plan.config.consistency.mode
-        whole = {"samples": order.samples, "batch": order.batch, "slots": order.slots, "mode": mode}
-        self._write([{"state": "begin", **whole, "timeline": self.cast.timeline}])
+        order, mode = self.assignment.order, self.plan.config.consistency.mode
+        if self.ledger.tell() == 0:
+            whole = {"samples": order.samples, "batch": order.batch, "slots": order.slots, "mode": mode}
+            self._write([{"state": "begin", **whole, "timeline": self.cast.timeline}])
+        if self.plan.config.checkpoint.every is not None:
+            begins = self.found.checkpoint if self.found else None
+            self.keeping = Keeping(self.run_dir, self.start, self.plan, self.assignment, begins)
         self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.planned_steps})
         self.tracker.start(describe(self.plan, self.run_dir, self.parent))
-        for warning in self.plan.warnings:
+        passed = [f"a damaged checkpoint was passed over: {why}" for why in (self.found.damaged if self.found else ())]
+        for warning in (*self.plan.warnings, *passed):
             log.warning("%s", warning)
             at = {"step": 0, "version": 0, "samples": 0, "seconds": 0.0, "metrics": {}}
             self.tracker.log({"event": "warning", **at, "message": warning})
@@ -272,13 +310,17 @@ class _Run:
 
     def _train(self, cluster: Cluster) -> None:
         try:
-            cluster.spawn(self.plan.specs(self.cast))
-            self.listen_to_signals()  # Ray has taken them
+            cluster.spawn(self.plan.specs(self.cast, self.keeping.folder if self.keeping else None))
+            self.signals.listen()  # Ray has taken them
             self._await_ready(cluster)
-            for shard, load in self.plan.loads(self.cast).items():
-                cluster.send(shard, load)
-            self.driver = Driver(self.cast, self.plan.assignment(), cluster.now(), cluster.nodes())
-            finish = self._perform(cluster, self.driver.start()) or self._listen(cluster, self.driver)
+            written = self._load(cluster)
+            now = cluster.now()
+            driver = self.driver = Driver(self.cast, self.assignment, now, cluster.nodes(), self.goes_on)
+            if self.keeping is not None:
+                self.keeping.make(Whole(0, written, driver.progress()))
+            if self.goes_on is not None or self.found is not None:
+                self._write([account.line for account in driver.rolled_back(self.goes_on)])
+            finish = self._perform(cluster, driver.start(now)) or self._listen(cluster, driver)
             if finish.error is not None:
                 raise finish.error
         finally:
@@ -290,38 +332,96 @@ class _Run:
             self.closing = False
 
     def _await_ready(self, cluster: Cluster) -> None:
-        began, seconds = cluster.now(), self.plan.config.cluster.start_seconds
         waiting = set(self.cast.everybody)
-        while waiting:
-            arrived = cluster.receive(max(0.0, began + seconds - cluster.now()))
-            if arrived is None:
-                who = ", ".join(map(self.cast.name, sorted(waiting)))
-                do = "set cluster.start_timeout higher if building model and data takes longer"
-                raise DeadlineExceeded.waiting(who, "start", cluster.now() - began, do)
-            source, event = arrived
+        for source, event in self._starting(cluster, "to be ready", waiting):
             if isinstance(event, ev.ProcessReady):
                 waiting.discard(source)
                 log.info("%s is ready: %s", self.cast.name(source), event.facts)
-            elif isinstance(event, ev.ProcessFailed | ev.ProcessLost):
-                driver = Driver(self.cast, self.plan.assignment(), cluster.now())
+
+    def _load(self, cluster: Cluster) -> tuple[ev.ShardWritten, ...]:
+        """Give every shard its state; where checkpoints are kept, each has written it down before anything changes."""
+        checkpoint = self.found.checkpoint if self.found else None
+        version = self.goes_on.version if self.goes_on else 0
+        loads = self.plan.loads(self.cast, checkpoint.folder if checkpoint else None, version)
+        for shard, weights_of in loads.items():
+            cluster.send(shard, weights_of)
+        waiting = set(self.cast.shards)
+        written: dict[int, ev.ShardWritten] = {}
+        for source, event in self._starting(cluster, "to have the weights", waiting):
+            if isinstance(event, ev.ShardWritten):
+                self._check_probe(event)
+                written[event.shard] = event
+            if isinstance(event, ev.Loaded if self.keeping is None else ev.ShardWritten):
+                waiting.discard(source)
+        return tuple(written[shard] for shard in sorted(written))
+
+    def _check_probe(self, part: ev.ShardWritten) -> None:
+        """What shards write must be there for the driver to read, and for whoever goes on."""
+        assert self.keeping is not None
+        found = part.error
+        if not found:
+            try:
+                check(self.keeping.folder / part.folder / part.file, part.sha256, part.size)
+            except Damaged as error:
+                found = f"{error}, though shard {part.shard} has written it"
+        if found:
+            do = "set run.storage to a folder that all nodes share and can write, or checkpoint.every=null"
+            raise BadInput.described("run.storage", "a folder for checkpoints", found, do)
+
+    def _starting(self, cluster: Cluster, what: str, waiting: set[int]) -> Iterator[tuple[int, Any]]:
+        """What arrives while somebody is waited for; `waiting` gets smaller meanwhile."""
+        began, seconds = cluster.now(), self.plan.config.cluster.start_seconds
+        while waiting:
+            arrived = cluster.receive(max(0.0, began + seconds - cluster.now()))
+            if arrived is None:
+                who = f"{', '.join(map(self.cast.name, sorted(waiting)))} {what}"
+                do = "set cluster.start_timeout higher if building model and data takes longer"
+                raise DeadlineExceeded.waiting(who, "start", cluster.now() - began, do)
+            source, event = arrived
+            if isinstance(event, ev.ProcessFailed | ev.ProcessLost):
+                driver = Driver(self.cast, self.assignment, cluster.now())
                 finish = self._perform(cluster, driver.handle(source, event, cluster.now()))
                 why = f": {event.why}" if isinstance(event, ev.ProcessLost) else ""
                 did_not = RunFailed(f"{self.cast.name(source)} did not start{why}")
                 raise finish.error if finish and finish.error else did_not
+            yield source, event
 
     def _listen(self, cluster: Cluster, driver: Driver) -> Finish:
-        reached, since = (0, 0, -1), cluster.now()
+        reached, since = (0, 0, -1, 0), cluster.now()
         deadline = self.plan.config.cluster.deadline
+        leaving: float | None = None  # since when
+        self.signals.patient = True
         while True:
-            arrived = cluster.receive(max(0.0, since + deadline - cluster.now()))
-            if arrived is None:
+            now = cluster.now()
+            if self.signals.heard is not None and leaving is None:
+                leaving = now
+                finish = self._leave(cluster, driver, self.signals.heard)
+                if finish is not None:
+                    return finish
+            if leaving is not None and now - leaving > LEAVING_SECONDS:
+                log.warning("no checkpoint within %g s; what was committed since the last one is lost", LEAVING_SECONDS)
+                return Finish(self._interrupted(self.signals.heard))
+            arrived = cluster.receive(min(LISTENING, max(0.0, since + deadline - now)))
+            if arrived is not None:
+                finish = self._perform(cluster, driver.handle(*arrived, cluster.now()))
+                if finish is not None:
+                    return finish
+            elif cluster.now() - since >= deadline:
                 raise self._stuck(cluster, driver, cluster.now() - since)
-            finish = self._perform(cluster, driver.handle(*arrived, cluster.now()))
-            if finish is not None:
-                return finish
-            done = (driver.tally.versions, len(driver.final), driver.evaluations.version)
-            if done != reached or driver.tally.steps >= driver.steps:
+            done = (driver.tally.versions, len(driver.final), driver.evaluations.version, driver.saving.version)
+            if arrived is not None and (done != reached or driver.tally.steps >= driver.steps):
                 reached, since = done, cluster.now()
+
+    def _leave(self, cluster: Cluster, driver: Driver, heard: KeyboardInterrupt) -> Finish | None:
+        """Begin to end the run for a signal: with a checkpoint, where it keeps any."""
+        why = self._interrupted(heard)
+        effects = driver.leave(why, cluster.now())
+        return Finish(why) if effects is None else self._perform(cluster, effects)
+
+    def _interrupted(self, heard: BaseException | None) -> Interrupted:
+        kind, word = (Preempted, "SIGTERM") if isinstance(heard, Terminated) else (Interrupted, "interrupted")
+        on = f"; --resume auto run.name={self.run_dir.name} goes on" if self.keeping is not None else ""
+        return kind(f"{word}; what was committed so far is in {self.run_dir}{on}")
 
     def _stuck(self, cluster: Cluster, driver: Driver, seconds: float) -> DistgdError:
         """Ask everybody what they do, and make the error of it."""
@@ -358,11 +458,28 @@ class _Run:
                 case Keep(best):
                     weights.save(self._state_of(best.parts), self.run_dir / "best.safetensors")
                     best.parts.clear()
+                case Save(whole):
+                    finish = self._perform(cluster, self._save(cluster, whole))
+                    if finish is not None:
+                        return finish
                 case Finish():
                     return effect
         if stop is not None and self.driver is not None:  # behind what was decided before, which may go on
-            return self._perform(cluster, self.driver.stop(stop))
+            return self._perform(cluster, self.driver.stop(stop, cluster.now()))
         return None
+
+    def _save(self, cluster: Cluster, whole: Whole) -> list[Effect]:
+        """Make a checkpoint of what shards have written; the ledger is durable before that."""
+        assert self.driver is not None
+        assert self.keeping is not None
+        began = time.monotonic()
+        try:
+            self.ledger.flush()
+            os.fsync(self.ledger.fileno())
+            self.keeping.make(whole)
+        except OSError as error:
+            return self.driver.not_saved(f"{self.keeping.folder}: {error.strerror or error}", cluster.now())
+        return self.driver.saved(whole, cluster.now(), time.monotonic() - began)
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         """Lines of the ledger, at once: one call a step, and a step is there whole."""

@@ -153,8 +153,8 @@ def run_comparison(comparison: Comparison, begin: Begin) -> Compared:
         Interrupted: what was reached is on the page.
         BadInput, RunFailed: no folder or no cluster is to be had.
     """
-    with interruptible(lambda: False) as listen, _cluster(comparison):
-        listen()  # Ray has taken the signals
+    with interruptible(lambda: False) as signals, _cluster(comparison):
+        signals.listen()  # Ray has taken the signals
         folder = trainer.new_folder(comparison.first, f"{comparison.name}-compare").absolute()
         with parent_run(_info(comparison, folder)) as parent:
             outcomes: list[Outcome] = []

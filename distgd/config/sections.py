@@ -243,6 +243,15 @@ class Eval(Section):
     """GPUs that Ray sets aside for the evaluator."""
 
 
+class Checkpoint(Section):
+    """What a run can go on from, each a folder in the run folder; one is before the first step, one at the end."""
+
+    every: Every | None = Every(seconds=60.0)
+    """How often, beside training; null keeps none at all."""
+    keep: Count = 2
+    """So many of the newest are kept."""
+
+
 class Transport(Section):
     """How gradients and weights travel between machines; within one machine they do not travel."""
 
@@ -277,6 +286,7 @@ class Config(Section):
     cluster: Cluster = Cluster()
     transport: Transport = Transport()
     eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 
     @field_validator("task", mode="before")

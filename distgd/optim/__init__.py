@@ -7,7 +7,7 @@ knows the network, the servers or the clock.
 
 from __future__ import annotations
 
-from distgd.optim.optimizers import OptimizerSpec, PieceOptimizer, State, check_groups, resolve_optimizer
+from distgd.optim.optimizers import OptimizerSpec, PieceOptimizer, State, StateParts, check_groups, resolve_optimizer
 from distgd.optim.schedules import Schedule, clip_scale, resolve_schedule
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PieceOptimizer",
     "Schedule",
     "State",
+    "StateParts",
     "check_groups",
     "clip_scale",
     "resolve_optimizer",

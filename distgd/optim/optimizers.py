@@ -27,6 +27,8 @@ from distgd.optim.kernels import Step, prepared
 Label = Literal["elementwise", "scalar"]
 State = dict[Label, dict[str, dict[str, Tensor]]]
 """Label -> parameter name -> entry -> tensor: shape (n,) as the piece where elementwise, () where scalar."""
+StateParts = dict[Label, dict[str, dict[str, list[Tensor]]]]
+"""The same with each elementwise entry as consecutive parts, which nobody has joined."""
 
 ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "ASGD")
 """What runs here: the tests prove the bits of each, so one that torch adds later is not taken before it is proved."""
@@ -204,12 +206,22 @@ class PieceOptimizer:
         An elementwise entry is cut and joined like the weights; a scalar one is the same in all pieces that took the
         same steps. The tensors are the optimizer's own: copy them before the next step.
         """
-        state: State = {"elementwise": {}, "scalar": {}}
+        return {
+            label: {
+                name: {entry: torch.cat(parts) if len(parts) > 1 else parts[0] for entry, parts in entries.items()}
+                for name, entries in tensors.items()
+            }
+            for label, tensors in self.state_parts().items()
+        }
+
+    def state_parts(self) -> StateParts:
+        """`state_dict` without the copy that joins blocks: every tensor is the optimizer's own."""
+        state: StateParts = {"elementwise": {}, "scalar": {}}
         for name, cuts in self._cuts.items():
             for entry, value in self._state_of(cuts[0]).items():
                 label = _label(name, entry, value, cuts[0])
                 rest = [self._state_of(cut)[entry] for cut in cuts[1:]] if label == "elementwise" else []
-                state[label].setdefault(name, {})[entry] = torch.cat([value, *rest]) if rest else value
+                state[label].setdefault(name, {})[entry] = [value, *rest]
         return state
 
     def load_state_dict(self, state: State) -> None:

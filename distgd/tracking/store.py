@@ -28,6 +28,7 @@ STATUS = {
     "completed": "FINISHED",
     "stopped": "FINISHED",
     "interrupted": "KILLED",
+    "preempted": "KILLED",
     "failed": "FAILED",
     "diverged": "FAILED",
 }

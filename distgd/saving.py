@@ -1,0 +1,110 @@
+"""When a checkpoint is made, and when it is whole. Time is an argument; files are somebody else's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from distgd import events as ev
+
+Progress = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A checkpoint whose files are all durable; `progress` is the driver's, of that version."""
+
+    number: int
+    parts: tuple[ev.ShardWritten, ...]
+    progress: Progress
+
+
+class Saving:
+    """One checkpoint at a time, asked for ahead; each takes what the driver had counted when its version was made.
+
+    Numbers go down from -1, see `events.TakeSnapshot`.
+
+    Args:
+        every_steps, every_seconds: the cadence; both None for none at all.
+        staged: whether a version is the same on every shard (sync).
+    """
+
+    def __init__(
+        self,
+        every_steps: int | None,
+        every_seconds: float | None,
+        *,
+        shards: int,
+        staged: bool,
+        step: int,
+        version: int,
+        now: float,
+    ) -> None:
+        self.on = every_steps is not None or every_seconds is not None
+        self._by_steps = every_steps is not None
+        self._interval = float(every_steps or every_seconds or 1)
+        self._due = (step // self._interval + 1) * self._interval if self._by_steps else now + self._interval
+        self._shards, self._staged = shards, staged
+        self.number = 0
+        self.running = False
+        self.version = version  # that the last one was called by
+        self.asked = 0
+        self._parts: dict[int, ev.ShardWritten] = {}
+        self._progress: dict[int, Progress] = {}  # by version, from the one that was asked for on
+
+    def next(self, step: int, now: float) -> int | None:
+        """The step to ask for at `step` and `now`, None for none."""
+        if not self.on or self.running or (not self._by_steps and now < self._due):
+            return None
+        if not self._by_steps:
+            self._due = now + self._interval
+            return step + 1
+        while self._due <= step:
+            self._due += self._interval
+        return int(self._due)
+
+    def ask(self, version: int, counted: int, progress: Callable[[], Progress]) -> int:
+        """Begin one of the first version that is at least `version`; what was under way is given up.
+
+        Args:
+            counted: the version that the driver has counted up to; no shard is behind it.
+
+        Returns:
+            Its number.
+        """
+        self.number -= 1
+        self.running, self.asked = True, version
+        self._parts.clear()
+        self._progress = {counted: progress()}
+        return self.number
+
+    def reached(self, version: int, progress: Callable[[], Progress]) -> Whole | None:
+        """The driver has counted up to a version (sync); the checkpoint, if that was all that was missing."""
+        if not self.running or version < self.asked:
+            return None
+        self._progress[version] = progress()
+        return self._whole(progress)
+
+    def written(self, part: ev.ShardWritten, progress: Callable[[], Progress]) -> Whole | None:
+        """A shard's file is durable; the checkpoint, if that was all that was missing."""
+        if not self.running or part.number != self.number or part.error:
+            return None
+        self._parts[part.shard] = part
+        return self._whole(progress)
+
+    def _whole(self, progress: Callable[[], Progress]) -> Whole | None:
+        if len(self._parts) < self._shards:
+            return None
+        parts = tuple(part for _, part in sorted(self._parts.items()))
+        if not self._staged:
+            return Whole(self.number, parts, progress())
+        version = parts[0].version
+        return Whole(self.number, parts, self._progress[version]) if version in self._progress else None
+
+    def ended(self, version: int | None) -> None:
+        """It is real, and called by `version`; or, with None, there will be none: the next one is tried in its turn."""
+        self.running = False
+        self.version = self.version if version is None else version
+        self._parts.clear()
+        self._progress.clear()
