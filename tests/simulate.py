@@ -43,7 +43,7 @@ def config(task: Any = None, **sections: Any) -> Any:
 
     `builtin` is the config's `task` where no task is given.
     """
-    given: dict[str, Any] = {"stop": {"steps": 6}, "tracking": {"uri": "none"}}
+    given: dict[str, Any] = {"stop": {"steps": 6}, "tracking": {"uri": "none"}, "checkpoint": {"every": None}}
     builtin = sections.pop("builtin", "digits")
     given["task"] = {"path": "given:object"} if task is not None else builtin
     given |= sections
@@ -83,13 +83,13 @@ def run(
         cluster.send(shard, message)
     driver = Driver(cast, plan.assignment(), cluster.now(), cluster.nodes())
     done = Simulated(plan, driver, None, {})
-    effects = driver.start()
+    effects = driver.start(cluster.now())
     try:
         while True:
             todo, wanted = list(effects), None
             while todo or wanted:
                 if not todo:  # as the trainer does: behind what was decided before
-                    todo, wanted = driver.stop(wanted), None
+                    todo, wanted = driver.stop(wanted, cluster.now()), None
                     continue
                 match todo.pop(0):
                     case ev.Send(to, message):
@@ -106,7 +106,7 @@ def run(
                         done.error = error
                         done.state = {} if error else _state(plan, len(cast.shards), driver.final)
                         return done
-            arrived = cluster.receive(0.0)
+            arrived = cluster.receive(1e6)
             assert arrived is not None, f"stuck at step {driver.tally.steps}"
             effects = driver.handle(*arrived, cluster.now())
     finally:

@@ -39,8 +39,8 @@ def steps(first: int, stop: int, order: Order = ORDER) -> list[Line]:
     return [slot(step, k, order=order) for step in range(first, stop) for k in range(order.filled(step))]
 
 
-def rollback(step: int, *kept: tuple[int, int]) -> Line:
-    return {"state": "rollback", "step": step, "kept": [list(each) for each in kept]}
+def rollback(step: int) -> Line:
+    return {"state": "rollback", "step": step}
 
 
 def end(step: int) -> Line:
@@ -90,8 +90,8 @@ def test_what_was_done_again_without_a_rollback_counts_twice_and_what_was_not_do
     assert sum(count.lost for count in audit([begin(), *steps(0, 5), rollback(2), *steps(3, 6), end(6)]).epochs) == 2
 
 
-def test_a_rollback_keeps_the_slots_that_it_names() -> None:
-    lines = [begin(mode="async"), *steps(0, 3), rollback(1, (2, 0)), *steps(1, 2), slot(2, 1), end(3)]
+def test_what_a_rollback_leaves_done_is_told_once_more() -> None:
+    lines = [begin(mode="async"), *steps(0, 3), rollback(1), slot(2, 0), *steps(1, 2), slot(2, 1), end(3)]
     assert audit(lines).clean
     assert not audit([*lines[:-1], slot(2, 0), end(3)]).clean
 

@@ -40,7 +40,7 @@ class Stage:
         assignment = Assignment(order, steps, staged, bound, optimizer, schedule, every, seconds)
         self.driver = Driver(cast, assignment, 0.0)
         self.now = 0.0
-        self.effects: list[Any] = list(self.driver.start())
+        self.effects: list[Any] = list(self.driver.start(self.now))
 
     def give(self, source: int, event: Any) -> list[Any]:
         effects = self.driver.handle(source, event, self.now)

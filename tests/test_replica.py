@@ -140,7 +140,9 @@ class TestGradient:
         found, out = slot(Replica(Line(), seed=3, clip=clip), 0, 1)
         norm = squared_norm(block_squares(out / 3)) ** 0.5
         assert norm <= clip * (1 + 1e-5)
-        assert found.stats.squared_norm == pytest.approx(plain.stats.squared_norm, rel=1e-6)  # added after scaling there
+        assert found.stats.squared_norm == pytest.approx(
+            plain.stats.squared_norm, rel=1e-6
+        )  # added after scaling there
         if clip > 1:
             assert torch.equal(out, plain_out)
 

@@ -492,12 +492,14 @@ class TestSnapshots:
         assert np.array_equal(np.concatenate([p.weights for p in parts]), weights.numpy())
         assert [p.buffers is not None for p in parts] == [True, False, False]
 
-    def test_asked_late_means_the_next(self) -> None:
+    @pytest.mark.parametrize(("at", "taken"), [(2, 2), (1, 3)])
+    def test_asked_late_means_the_present_version_or_else_the_next(self, at: int, taken: int) -> None:
         wire = Wire(2)
         wire.push_all(0, [ALL])
-        wire.give(ev.DRIVER, ev.TakeSnapshot(1, 1, 1))
         wire.push_all(1, [ALL])
-        assert [p.version for p in self.pulled(wire, 1)] == [2, 2]
+        wire.give(ev.DRIVER, ev.TakeSnapshot(1, 1, at))
+        wire.push_all(2, [ALL])
+        assert [p.version for p in self.pulled(wire, 1)] == [taken, taken]
 
     @pytest.mark.parametrize("when", ["before", "after"])
     def test_asked_beyond_the_last_means_the_last(self, when: str) -> None:

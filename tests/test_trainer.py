@@ -118,8 +118,8 @@ def test_a_signal_ends_the_run_with_what_was_reached(tmp_path: Path, number: int
     config = load(sections(tmp_path, task="digits", stop={"steps": 500}))
     with pytest.raises(Interrupted) as caught:
         launch(config, "run", at_step(7, lambda: os.kill(os.getpid(), number)))
-    assert caught.value.exit_code == 130
-    assert caught.value.result.steps == 7
+    assert caught.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
+    assert 7 <= caught.value.result.steps <= 9, "those that were decided already"
 
 
 def test_single_samples_train_at_the_defaults(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_on_event_sees_what_is_recorded_as_copies_of_its_own(tmp_path: Path) -> 
     result = distgd.train(sections(tmp_path, task="digits", eval={"every": {"steps": 3}}), on_event=on_event)
     lines = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
     assert seen == [json.loads(line) for line in lines]
-    assert {event["event"] for event in seen} == {"step", "eval", "end"}
+    assert {event["event"] for event in seen} == {"step", "eval", "checkpoint", "end"}
 
 
 @pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
@@ -245,7 +245,8 @@ class Diary:
 def test_trackers_of_ones_own_see_the_run_from_start_to_finish(tmp_path: Path) -> None:
     Diary.pages.clear()
     result = distgd.train(sections(tmp_path, task="counting", stop={"steps": 2}), f"tracking.also=[{__name__}:Diary]")
-    assert Diary.pages == [("start", result.run_id, 4), ("step", 1), ("step", 2), ("end", 2), ("finish", "completed")]
+    events = [("step", 1), ("step", 2), ("checkpoint", 2), ("end", 2)]
+    assert Diary.pages == [("start", result.run_id, 4), *events, ("finish", "completed")]
 
 
 class Dumb:
@@ -333,5 +334,5 @@ class Vandal(Diary):
 def test_a_tracker_can_neither_spoil_an_event_nor_end_a_run(tmp_path: Path) -> None:
     result = distgd.train(sections(tmp_path, task="counting", stop={"steps": 2}), f"tracking.also=[{__name__}:Vandal]")
     lines = (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["event"] for line in lines] == ["step", "step", "end"]
+    assert [json.loads(line)["event"] for line in lines] == ["step", "step", "checkpoint", "end"]
     assert all(json.loads(line)["metrics"] for line in lines)
