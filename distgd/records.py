@@ -1,8 +1,9 @@
 """What a tracker is, and the trackers that need nothing but the run folder.
 
 A tracker gets `start`, then any number of events, then `finish`. An event is a mapping
-`{"event": "warning|step|eval|fault|end", "step", "version", "samples", "seconds", "metrics": {"train/loss": ...}}`;
-`seconds` count from the run's start. `metrics.jsonl` holds every one of them; a kill loses one second at most.
+`{"event": "step", "step", "version", "samples", "seconds", "metrics": {"train/loss": ...}}`, or, instead of `step`, one
+of `warning`, `eval`, `checkpoint`, `fault`, `end`; `seconds` count from the run's start. `metrics.jsonl` holds every
+one of them; a kill loses one second at most.
 Warnings go to the logger `distgd.tracking`.
 """
 
@@ -12,7 +13,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -36,6 +37,7 @@ class RunInfo:
         steps: how many steps are planned; None when a stop rule decides.
         uri, experiment: MLflow's store and experiment; a relative `sqlite:///` path starts at the current folder.
         parent: MLflow's id of the run that this one is a part of, in the same store.
+        logged: what a run that goes on has logged already, by kind of event; None for a new one.
     """
 
     run_id: str
@@ -48,6 +50,7 @@ class RunInfo:
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "distgd"
     parent: str | None = None
+    logged: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,51 @@ class Many:
                 if id(tracker) not in self._failed:
                     self._failed.add(id(tracker))
                     log.warning("tracking with %s failed: %s; training goes on", type(tracker).__name__, error)
+
+
+class Onwards:
+    """A tracker of a run that goes on: steps and evaluations that were logged before are not logged again.
+
+    Args:
+        tracker: gets everything else.
+        logged: the last step of each kind of event that it has, as `logged` finds it.
+    """
+
+    def __init__(self, tracker: Tracker, logged: Mapping[str, int]) -> None:
+        self._tracker, self._logged = tracker, logged
+
+    def start(self, info: RunInfo) -> None:
+        self._tracker.start(info)
+
+    def log(self, event: Event) -> None:
+        if event["step"] > self._logged.get(event["event"], -1):
+            self._tracker.log(event)
+
+    def finish(self, end: RunEnd) -> None:
+        self._tracker.finish(end)
+
+
+def events(metrics_jsonl: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run in order; a line that is none is skipped, and there are none without the file."""
+    if not metrics_jsonl.is_file():
+        return
+    with metrics_jsonl.open("rb") as lines:
+        for line in lines:
+            try:
+                event = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                yield event
+
+
+def logged(metrics_jsonl: Path) -> dict[str, int]:
+    """The last step of each kind that is logged once a step."""
+    last: dict[str, int] = {}
+    for event in events(metrics_jsonl):
+        if event["event"] in ("step", "eval"):
+            last[event["event"]] = max(event["step"], last.get(event["event"], -1))
+    return last
 
 
 class Jsonl:

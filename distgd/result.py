@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from distgd import weights
 from distgd.driver import Driver
 from distgd.plan import Plan
-from distgd.records import strict
+from distgd.records import events, strict
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,8 @@ class Result:
 def reached(run_dir: Path) -> Result | None:
     """The result of a run that has ended by itself, as its folder has it; None where it has not."""
     last: dict[str, Any] = {}
-    with suppress(OSError, ValueError), (run_dir / "metrics.jsonl").open(encoding="utf-8") as file:
-        for line in file:
-            event = json.loads(line)
-            last = event if event.get("event") == "end" else {}
+    for event in events(run_dir / "metrics.jsonl"):
+        last = event if event["event"] == "end" else {}
     if last.get("status") not in ("completed", "stopped"):
         return None
     state = load_file(run_dir / "model.safetensors") if (run_dir / "model.safetensors").exists() else {}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from distgd.plan import Plan
 from distgd.records import RunInfo
 
 
-def describe(plan: Plan, run_dir: Path, parent: str | None) -> RunInfo:
+def describe(plan: Plan, run_dir: Path, parent: str | None, logged: Mapping[str, int] | None = None) -> RunInfo:
     """The run's name and place, its config as params, tags, its training data, and the MLflow run it is a part of."""
     schema = plan.source.schema()
     described = f"{plan.model_name} {len(plan.source)} {json.dumps(schema, default=str, sort_keys=True)}"
@@ -31,6 +32,7 @@ def describe(plan: Plan, run_dir: Path, parent: str | None) -> RunInfo:
         uri=plan.config.tracking.uri,
         experiment=plan.config.tracking.experiment,
         parent=parent,
+        logged=logged,
     )
 
 

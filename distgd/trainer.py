@@ -44,7 +44,7 @@ from distgd.keeping import Keeping
 from distgd.layout import state
 from distgd.plan import Plan
 from distgd.prepare import prepare
-from distgd.records import Jsonl, Many, RunEnd, Tracker
+from distgd.records import Jsonl, Many, Onwards, RunEnd, Tracker, logged
 from distgd.report import write_report
 from distgd.resources import by_role
 from distgd.result import Result, summarize
@@ -293,7 +293,10 @@ class _Run:
             begins = self.found.checkpoint if self.found else None
             self.keeping = Keeping(self.run_dir, self.start, self.plan, self.assignment, begins)
         self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.planned_steps})
-        self.tracker.start(describe(self.plan, self.run_dir, self.parent))
+        before = logged(self.run_dir / "metrics.jsonl") if self.found is not None else None
+        if before:
+            self.tracker = Onwards(self.tracker, before)
+        self.tracker.start(describe(self.plan, self.run_dir, self.parent, before))
         passed = [f"a damaged checkpoint was passed over: {why}" for why in (self.found.damaged if self.found else ())]
         for warning in (*self.plan.warnings, *passed):
             log.warning("%s", warning)

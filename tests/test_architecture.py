@@ -33,9 +33,11 @@ FLOORS = {
             "snapshots shard stopping features cost",
             "memory machine wire transport device tasks sources table checkpoint records tracking "  # doors
             "progress report audit weights",
-            "server worker adder evaluator driver assignment evaluations saving gradients replica mirror tally",  # actors
+            "server worker adder evaluator driver assignment evaluations saving gradients replica mirror "  # actors
+            "tally",
             "cluster inprocess resources",  # the engine
-            "trainer plan prepare forecast keeping resume result runfolder runinfo signals compare cli __main__ __init__",  # the story
+            "trainer plan prepare forecast keeping resume result runfolder runinfo signals compare cli "  # the story
+            "__main__ __init__",
         )
     )
     for room in rooms.split()

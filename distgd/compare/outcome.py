@@ -12,8 +12,8 @@ from typing import Any
 from distgd.compare.variants import Variant
 from distgd.config import Target
 from distgd.errors import DistgdError
+from distgd.records import events
 from distgd.report.curves import Curve, Place
-from distgd.report.reading import events
 
 GOOD = ("completed", "stopped")
 

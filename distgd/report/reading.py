@@ -6,10 +6,9 @@ line that is no event, such as one that a kill left unfinished, is skipped.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from distgd.config.text import parse
 from distgd.errors import BadInput
+from distgd.records import events
 from distgd.report.curves import Curve, Place
 
 MOST_NOTICES = 100
@@ -112,7 +112,7 @@ class Reading:
             self.result = dict(_items(event, "result"))
         else:
             self._plot(place, metrics)
-        if kind not in ("step", "eval"):
+        if kind not in ("step", "eval", "checkpoint"):
             said = [str(event[key]) for key in ("status", "ended_by", "message") if event.get(key)]
             self._notice(Notice(place, kind, "; ".join(said)))
 
@@ -145,20 +145,6 @@ def read(run_dir: Path) -> Reading:
     for event in events(run_dir / "metrics.jsonl"):
         reading.take(event)
     return reading
-
-
-def events(metrics_jsonl: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run in order; a line that is none is skipped, and there are none without the file."""
-    if not metrics_jsonl.is_file():
-        return
-    with metrics_jsonl.open("rb") as lines:
-        for line in lines:
-            try:
-                event = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
-                continue
-            if isinstance(event, dict) and "event" in event:
-                yield event
 
 
 def _config(text: str) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from distgd.records import Event, RunEnd, RunInfo
+from distgd.records import events as recorded
 from distgd.tracking.export import ExportError, export
 
 log = logging.getLogger("distgd.tracking")
@@ -62,6 +63,7 @@ class Store:
     def __init__(self, info: RunInfo) -> None:
         self.uri = absolute(info.uri)
         self.run_id: str | None = None
+        self.goes_on = False  # whether it was there before
         self._info = info
         self._started_ms = int(time.time() * 1000)
         self._last_step = 0
@@ -69,17 +71,61 @@ class Store:
         self._experiment_id = ""
 
     def open(self) -> None:
-        """Create the run, and before it the store and the experiment where they are missing."""
+        """Find a run that goes on; else make it, and the store and the experiment where they are missing."""
         from mlflow import MlflowClient
 
         with _alone(sqlite_file(self.uri)):
             self._client = MlflowClient(self.uri)
             self._experiment_id = self._experiment()
+        if self._found():
+            return
         tags = {"mlflow.parentRunId": self._info.parent} if self._info.parent else {}
         run = self._client.create_run(
             self._experiment_id, start_time=self._started_ms, tags=tags, run_name=self._info.name
         )
+        self._note.write_text(json.dumps({"uri": self.uri, "run_id": run.info.run_id}), encoding="utf-8")
         self.run_id = run.info.run_id
+
+    @property
+    def _note(self) -> Path:
+        """Where the run folder says which run of MLflow it is."""
+        return self._info.run_dir / "mlflow.json"
+
+    def _found(self) -> bool:
+        """Whether a run that goes on is here already; its clock goes on, too."""
+        from mlflow import MlflowException
+
+        if self._info.logged is None:
+            return False
+        try:
+            note = json.loads(self._note.read_text(encoding="utf-8"))
+            if note["uri"] != self.uri:
+                return False
+            run = self._client.get_run(note["run_id"])
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return False
+        self._started_ms, self._experiment_id = run.info.start_time, run.info.experiment_id
+        self.run_id, self.goes_on = run.info.run_id, True
+        return True
+
+    def behind(self, every: int) -> list[Event]:
+        """What a run that goes on has in its folder and not here: a kill came before it was written."""
+        if not self.goes_on or self._info.logged is None:
+            return []
+        have = max((m.step for m in self._client.get_metric_history(self.run_id, "train/loss")), default=0)
+        scored = max((m.step for m in self._client.get_metric_history(self.run_id, "eval/loss")), default=0)
+        upto = self._info.logged
+        return [
+            event
+            for event in recorded(self._info.run_dir / "metrics.jsonl")
+            if (event["event"] == "step" and have < event["step"] <= upto.get("step", 0) and not event["step"] % every)
+            or (event["event"] == "eval" and scored < event["step"] <= upto.get("eval", 0))
+        ]
 
     def _experiment(self) -> str:
         from mlflow import MlflowException
@@ -104,6 +150,8 @@ class Store:
         """Params, tags and the data."""
         from mlflow.entities import Param, RunTag
 
+        if self.goes_on:  # what may have changed since, such as when to stop, MLflow would not take
+            return
         params = [Param(_key(name), str(value)[:PARAM_LENGTH]) for name, value in self._info.params.items()]
         tags = [RunTag(_key(name), value) for name, value in {"run_id": self._info.run_id, **self._info.tags}.items()]
         self._client.log_batch(self.run_id, tags=tags, synchronous=True)

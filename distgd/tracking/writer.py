@@ -138,6 +138,7 @@ class Mlflow:
         if store.run_id is None:
             return
         self._try("params, tags and data", store.describe)
+        self._try("what a kill left out", lambda: store.write(store.behind(self._every or 1)))
         while batch := self._next_batch():
             began, worked = time.monotonic(), time.thread_time()
             self._try(f"{len(batch)} events", partial(store.write, batch))
