@@ -6,9 +6,10 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,6 +107,13 @@ def steps(path: Path) -> list[int]:
 def clean(path: Path) -> bool:
     found = audit(read(path / "runs/a/ledger.jsonl"))
     return found.clean and found.finished and found.steps == STEPS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """The report takes longer than such a run, and has tests of its own."""
+    with mock.patch("distgd.trainer.write_report", lambda run_dir: run_dir / "report" / "index.html"):
+        yield
 
 
 @pytest.fixture(scope="module")
