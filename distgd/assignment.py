@@ -25,6 +25,19 @@ class Cast:
         """Every incarnation but the driver's, shards first."""
         return (*self.shards, *self.workers, *([self.evaluator] if self.evaluator is not None else []))
 
+    def replaced(self, gone: int, new: int) -> Cast:
+        """The same with another incarnation in the place of one.
+
+        >>> Cast(1, (1, 2), (3, 4), None).replaced(3, 5).workers
+        (5, 4)
+        """
+
+        def swap(members: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(new if member == gone else member for member in members)
+
+        evaluator = new if self.evaluator == gone else self.evaluator
+        return Cast(self.timeline, swap(self.shards), swap(self.workers), evaluator)
+
     def name(self, incarnation: int) -> str:
         """An incarnation as people know it.
 

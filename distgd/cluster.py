@@ -19,6 +19,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections import deque
@@ -41,6 +42,8 @@ from distgd.wire import Codec
 log = logging.getLogger("distgd.cluster")
 
 GLANCE = 0.05  # seconds between two looks at a chore
+HEARTS = 1 << 32  # added to an incarnation it is that of its heartbeat
+BEAT, SILENCE = 0.5, 5.0  # seconds between heartbeats, and without any until a process is taken for lost
 POLL = 0.2  # seconds between two looks at Ray for processes that are gone
 PATIENCE = 5.0  # seconds that processes get to end by themselves
 MESSAGE_SLACK = 1 << 20  # bytes of a message beside its arrays
@@ -82,6 +85,10 @@ class Cluster(Protocol):
 
     def spawn(self, specs: Mapping[int, Spec]) -> None: ...
 
+    def add(self, incarnation: int, spec: Spec) -> None: ...
+
+    def end(self, incarnation: int) -> None: ...
+
     def nodes(self) -> tuple[tuple[int, ...], ...]: ...
 
     def send(self, to: int, message: Any) -> None: ...
@@ -100,7 +107,8 @@ class Process:
         sys.path += [folder for folder in path if folder not in sys.path]
         if role != "server":
             _give_way()
-        self._me = me
+        self._me, self._secret = me, secret
+        self._over = threading.Event()
         self._work: deque[Any] = deque()  # what is to be computed, in order
         self._chores = ThreadPoolExecutor(1, "chores")  # no thread before there is one
         self._begun: deque[Future[Any]] = deque()
@@ -115,6 +123,7 @@ class Process:
         self._endpoint.meet(_node_id(), places)
         timeline = spec.rules.timeline
         try:
+            threading.Thread(target=self._beat, args=(_node_id(), places[ev.DRIVER]), daemon=True).start()
             actor = spec.build(time.monotonic, self._endpoint.allocate)
             if isinstance(actor, Places):
                 self._endpoint.place = actor.place
@@ -127,11 +136,25 @@ class Process:
             self._endpoint.send(ev.DRIVER, ev.ProcessFailed(timeline, kind, _told(error)))
             return f"failed: {error}"
         finally:
+            self._over.set()
             self._endpoint.close()
+
+    def _beat(self, node: str, driver: Place) -> None:
+        """Tell the driver from a thread of its own, over a connection of its own, that this process is not stopped."""
+        endpoint = Endpoint(HEARTS + self._me, "heart", self._secret, Codec(ev.MESSAGES))
+        endpoint.meet(node, {ev.DRIVER: driver})
+        while not self._over.wait(BEAT):
+            endpoint.send(ev.DRIVER, ev.Alive(self._me))
+            endpoint.receive(0.0)
+        endpoint.close()
 
     def _loop(self, actor: Actor) -> str:
         while True:
             arrived = self._endpoint.receive(0.0 if self._work else 1.0 if not self._begun else GLANCE)
+            if arrived is not None and isinstance(arrived[1], ev.Placed):
+                new = arrived[1]
+                self._endpoint.meet(_node_id(), {new.incarnation: Place(new.node, new.addresses)})
+                continue
             if self._begun and self._begun[0].done():
                 for effect in actor.handle(self._me, self._begun.popleft().result()):
                     self._do(effect)
@@ -215,6 +238,9 @@ class RayCluster:
         self._actors: dict[int, Any] = {}
         self._places: dict[int, Place] = {}
         self._gone: deque[tuple[int, Any]] = deque()
+        self._coming: dict[Any, tuple[int, Spec]] = {}  # the answer that says where a process is -> who that is
+        self._heard: dict[int, float] = {}  # when each heartbeat was heard last; those that have begun
+        self._alone = True
         self._looked = 0.0
         self._joined = False
         self._private: Path | None = None
@@ -233,10 +259,10 @@ class RayCluster:
             self.connect(sum(self._resources[spec.role].cpus for spec in specs.values()))
         self._check_gpus(specs)
         self._check_trial(specs)
-        alone = len(_nodes()) == 1
-        self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen="all", alone=alone)
+        self._alone = len(_nodes()) == 1
+        self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen="all", alone=self._alone)
         for incarnation, spec in specs.items():
-            self._actors[incarnation] = self._actor(incarnation, spec, alone=alone)
+            self._actors[incarnation] = self._actor(incarnation, spec, alone=self._alone)
         asked = {actor.whereabouts.remote(): incarnation for incarnation, actor in self._actors.items()}
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=self._start_seconds)
         if late:
@@ -245,13 +271,51 @@ class RayCluster:
         self._places = places
         self._endpoint.meet(_node_id(), {i: Place(place.node, ()) for i, place in places.items()})
         for incarnation, spec in specs.items():
+            self._run(incarnation, spec)
+
+    def _run(self, incarnation: int, spec: Spec) -> None:
+        try:
+            life = self._actors[incarnation].run.remote(spec, self._places)
+        except (TypeError, pickle.PicklingError) as error:
+            do = "keep locks, files and connections out of the task object, or make them in its methods"
+            found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
+            raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
+        self._running[life] = incarnation
+
+    def add(self, incarnation: int, spec: Spec) -> None:
+        """Place and start one more process, which reports when it is ready; returns at once."""
+        self._actors[incarnation] = actor = self._actor(incarnation, spec, alone=self._alone)
+        self._coming[actor.whereabouts.remote()] = incarnation, spec
+
+    def _came(self) -> None:
+        """Let processes live that have been placed, and tell all others where they are."""
+        import ray
+
+        placed, _ = ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)
+        for ref in placed:
+            incarnation, spec = self._coming.pop(ref)
             try:
-                life = self._actors[incarnation].run.remote(spec, places)
-            except (TypeError, pickle.PicklingError) as error:
-                do = "keep locks, files and connections out of the task object, or make them in its methods"
-                found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
-                raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
-            self._running[life] = incarnation
+                place = ray.get(ref)
+            except Exception as error:  # noqa: BLE001 - Ray raises whatever ended it
+                self._gone.append((incarnation, ev.ProcessLost(incarnation, _first_line(error))))
+                continue
+            assert self._endpoint is not None
+            self._places[incarnation] = place
+            self._endpoint.meet(_node_id(), {incarnation: Place(place.node, ())})
+            for other in self._running.values():
+                self._endpoint.send(other, ev.Placed(incarnation, place.node, place.addresses))
+            self._run(incarnation, spec)
+
+    def end(self, incarnation: int) -> None:
+        """Make sure that a process is gone which is taken for lost."""
+        import ray
+
+        actor = self._actors.pop(incarnation, None)
+        self._places.pop(incarnation, None)
+        self._heard.pop(incarnation, None)
+        if actor is not None:
+            with contextlib.suppress(Exception):
+                ray.kill(actor, no_restart=True)
 
     def nodes(self) -> tuple[tuple[int, ...], ...]:
         """The incarnations on each machine, the driver's left out."""
@@ -385,6 +449,9 @@ class RayCluster:
             if self.now() >= self._looked + POLL:
                 self._look()
             arrived = self._endpoint.receive(0.0 if not self._rested else max(0.0, min(POLL, until - self.now())))
+            if arrived is not None and isinstance(arrived[1], ev.Alive):
+                self._heard[arrived[1].incarnation] = self.now()
+                continue
             if arrived is not None:
                 self._rested = self._rest == 0.0
                 return arrived
@@ -401,18 +468,33 @@ class RayCluster:
         """See which processes have ended: whatever they sent before has been received or is behind this event."""
         import ray
 
-        self._looked = self.now()
+        self._listen_to_hearts()
+        if self._coming:
+            self._came()
         if not self._running:
             return
         ended, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         for ref in ended:
             incarnation = self._running.pop(ref)
+            self._heard.pop(incarnation, None)
             try:
                 why = str(ray.get(ref))
             except Exception as error:  # noqa: BLE001 - Ray raises what the process raised
                 cause = getattr(error, "cause", None)
-                why = f"{type(cause).__name__}: {cause}" if cause else str(error).strip().splitlines()[0]
+                why = f"{type(cause).__name__}: {cause}" if cause else _first_line(error)
             self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
+
+    def _listen_to_hearts(self) -> None:
+        """Take whoever has been silent for long for lost. While the driver itself did not look, nobody was."""
+        now = self.now()
+        missed = max(0.0, now - self._looked - 2 * POLL) if self._looked else 0.0
+        self._looked = now
+        for incarnation, heard in list(self._heard.items()):
+            self._heard[incarnation] = heard + missed
+            if now - heard - missed > SILENCE:
+                why = f"silent for {SILENCE:g} s: it is stopped, or its machine cannot be reached"
+                self.end(incarnation)
+                self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
 
     def close(self) -> None:
         """End every process of the run, and the cluster where it is private. Safe to call twice, and after errors."""
@@ -481,6 +563,10 @@ def _end_all(private: Path) -> None:
         if any(str(private) in word for word in process.info["cmdline"] or []):
             with contextlib.suppress(psutil.Error):
                 process.kill()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _nodes() -> list[dict[str, Any]]:

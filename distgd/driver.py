@@ -7,7 +7,8 @@ mode has them. What it knows is lost with its process; the files that the traine
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from distgd.stopping import Stop
 from distgd.tally import Tally
 
 FINAL = ev.FINAL
+FATAL = 3
+"""So many workers that end with a slot, one after the other, end the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +57,27 @@ class Save:
 
 
 @dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start process `incarnation` of the driver's cast, in the place of one that is gone."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Recover:
+    """A shard is gone, and with it a part of the weights: all go back to the newest checkpoint."""
+
+    shard: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The run is over: `error` is None where it was completed or stopped."""
 
     error: DistgdError | None
 
 
-Effect = ev.Send | Log | Account | Keep | Save | Finish
+Effect = ev.Send | Log | Account | Keep | Save | Spawn | Recover | Finish
 
 
 @dataclass(frozen=True)
@@ -82,6 +99,11 @@ class Driver:
     Args:
         nodes: the live incarnations by machine.
         resumed: where the run goes on, None where it begins.
+        joining: those of the cast that are not ready yet.
+
+    Attributes:
+        nodes: to be kept true by whoever starts processes.
+        joining: those of the cast that are not ready yet.
     """
 
     def __init__(
@@ -91,9 +113,10 @@ class Driver:
         now: float,
         nodes: tuple[tuple[int, ...], ...] = (),
         resumed: Resumed | None = None,
+        joining: Collection[int] = (),
     ) -> None:
         self.cast = cast
-        self._nodes = nodes if len(nodes) > 1 else ()
+        self.nodes = nodes
         self.assignment = assignment
         self.tally = Tally(assignment.optimizer, assignment.schedule, now)
         self.final: dict[int, ev.SnapshotSent] = {}  # the last version, by shard
@@ -102,7 +125,9 @@ class Driver:
         self.ended: str | None = None  # why it ends before the planned steps
         self.timed = False  # whether the step at which it ends depends on how fast everybody was
         self.stopped = False  # whether that was asked for from outside
-        self._workers = list(cast.workers)
+        self.joining = set(joining)
+        self._deaths: Counter[tuple[int, int]] = Counter()  # of workers that had a slot which is not committed yet
+        self._evaluating = -1  # the snapshot that the evaluator has been asked for last
         self._live = {ev.DRIVER, *cast.everybody}
         self._newest = max(self._live)
         self._generation = 0
@@ -177,6 +202,8 @@ class Driver:
         match event:
             case ev.ProcessLost():
                 return self._lost(event, now)
+            case ev.ProcessReady() if source in self.joining:
+                return self._joined(source, now)
             case ev.ProcessFailed():
                 return [Finish(_failure(self.cast.name(source), event))]
             case _ if event.timeline != self.cast.timeline or source not in self._live:
@@ -210,28 +237,72 @@ class Driver:
 
     # Membership.
 
+    @property
+    def _workers(self) -> list[int]:
+        """Those that compute, in the cast's order."""
+        return [w for w in self.cast.workers if w in self._live and w not in self.joining]
+
     def _announce(self) -> list[Effect]:
         self._generation += 1
-        nodes = tuple(tuple(i for i in node if i in self._live and i != self.cast.evaluator) for node in self._nodes)
-        beside = [i for node in nodes for i in node if i in self._workers] or self._workers
+        several = self.nodes if len(self.nodes) > 1 else ()
+        nodes = tuple(tuple(i for i in node if i in self._live and i != self.cast.evaluator) for node in several)
+        workers = self._workers
+        beside = [i for node in nodes for i in node if i in workers] or workers
         table = assign(self.assignment.order.slots, beside) if self.assignment.staged else ()
         live = frozenset(self._live)
         event = ev.MembershipChanged(self.cast.timeline, self._generation, live, self._newest, table, nodes)
         return [ev.Send(to, event) for to in sorted(self._live - {ev.DRIVER})]
 
     def _lost(self, lost: ev.ProcessLost, now: float) -> list[Effect]:
-        if lost.incarnation not in self._live:
+        gone = lost.incarnation
+        if gone not in self._live:
             return []
-        why = f"{self.cast.name(lost.incarnation)} is gone: {lost.why}"
-        self._live.discard(lost.incarnation)
-        if lost.incarnation not in self._workers or len(self._workers) == 1:
-            return [Finish(ProcessLost(why))]
-        self._workers.remove(lost.incarnation)
-        self._requests = deque(worker for worker in self._requests if worker != lost.incarnation)
-        expired = [lease.number for lease in self._ledger.expire(lost.incarnation)]
-        closing = [effect for number in expired for effect in self._expire(lost.incarnation, number)]
+        why = f"{self.cast.name(gone)} is gone: {lost.why}"
         fault = Log(self.tally.event("fault", now, {}, message=why))
-        return [fault, *closing, *self._announce(), *self._grant(now)]
+        if gone in self.cast.shards:
+            return [fault, Recover(gone) if self.saving.on else Finish(ProcessLost(why))]
+        poisoned = self._count_death(gone)
+        if poisoned is not None:
+            return [fault, Finish(poisoned)]
+        self._live.discard(gone)
+        self.joining.discard(gone)
+        self._requests = deque(worker for worker in self._requests if worker != gone)
+        expired = [lease.number for lease in self._ledger.expire(gone)]
+        closing = [effect for number in expired for effect in self._expire(gone, number)]
+        self._newest += 1
+        new = self._newest
+        self.cast = self.cast.replaced(gone, new)
+        self._live.add(new)  # a shard that hears of it first from itself is not to fence it
+        self.joining.add(new)
+        return [fault, *closing, Spawn(new), *self._announce(), *self._grant(now)]
+
+    def _joined(self, new: int, now: float) -> list[Effect]:
+        """A replacement is ready: it gets its share of the slots, or the evaluation that another did not end."""
+        self.joining.discard(new)
+        fault = Log(self.tally.event("fault", now, {}, message=f"{self.cast.name(new)} is there again"))
+        again = self._score(self._evaluating) if new == self.cast.evaluator and self._evaluating >= 0 else []
+        return [fault, *self._announce(), *again]
+
+    def _count_death(self, worker: int) -> DistgdError | None:
+        """Whether a slot has ended too many workers; what it holds is then the likeliest reason."""
+        step = self.tally.steps
+        for old in [slot for slot in self._deaths if slot[0] < step]:
+            del self._deaths[old]
+        had = [(lease.step, lease.slot) for lease in self._ledger.open.values() if lease.worker == worker]
+        if self.assignment.staged and worker in self._workers:
+            table = assign(self.assignment.order.slots, self._workers)
+            had = [(step, slot) for slot, owner in enumerate(table) if owner == worker]
+        self._deaths.update(had)
+        fatal = next((slot for slot in had if self._deaths[slot] >= FATAL), None)
+        if fatal is None:
+            return None
+        places = "places {} to {} of epoch {}".format(
+            *(self.assignment.order.places(*fatal)), self.assignment.order.epoch_of(fatal[0])
+        )
+        return RunFailed(
+            f"step {fatal[0]}, slot {fatal[1]}: expected a worker to survive it, found {FATAL} that did not; look at "
+            f"its samples ({places} in the order) and at the memory that they need"
+        )
 
     def _expire(self, worker: int, lease: int) -> list[Effect]:
         return self._to_shards(ev.LeaseExpired(self.cast.timeline, worker, lease))
@@ -375,9 +446,11 @@ class Driver:
 
     def _score(self, number: int) -> list[Effect]:
         assert self.cast.evaluator is not None
+        self._evaluating = number
         return [ev.Send(self.cast.evaluator, ev.Evaluate(self.cast.timeline, number))]
 
     def _evaluated(self, event: ev.Evaluated, now: float) -> list[Effect]:
+        self._evaluating = -1
         metrics = {f"eval/{name}": value for name, value in event.metrics.items()} | {"time/eval": 1e3 * event.seconds}
         step = self.steps if event.number == FINAL else self.assignment.steps_of(event.version)
         log = Log({**self.tally.event("eval", now, metrics), "step": step, "version": event.version})

@@ -6,7 +6,7 @@ One evaluation at a time; the driver counts those that it skips because the one 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,15 @@ class Evaluator:
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message, or this process's own `Scored`."""
+        if isinstance(event, ev.TimelineBegun) and event.timeline > self._timeline:
+            rules = replace(self.spec.rules, timeline=event.timeline, incarnations=event.shards)
+            self.spec, self._timeline, self._number, self._parts = (
+                replace(self.spec, rules=rules),
+                event.timeline,
+                -1,
+                {},
+            )
+            return []
         if event.timeline != self._timeline:
             return []
         match event:

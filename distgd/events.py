@@ -63,6 +63,33 @@ class MembershipChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class TimelineBegun:
+    """All shards go back to a checkpoint, and these are their incarnations from now on, by index.
+
+    Whoever was in another timeline drops what it has of that: staged gradients, decisions, reads, pushes, weights.
+    """
+
+    timeline: int
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a process is that came later; for the host, not for what runs on it."""
+
+    incarnation: int
+    node: str
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A process's heartbeat, from a thread that does not compute; the cluster hears it, nobody else."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """A shard's state; the first that it is sent. Where the run keeps checkpoints, it writes number 0 of them.
 
@@ -457,6 +484,9 @@ class Evaluated:
 MESSAGES: tuple[type, ...] = (
     SlotStats,
     MembershipChanged,
+    TimelineBegun,
+    Placed,
+    Alive,
     Load,
     Loaded,
     Stop,

@@ -26,6 +26,7 @@ from distgd.transport import Envelope, InMemoryNetwork
 
 LATENCY = (50e-6, 150e-6)  # virtual seconds a message takes
 CHORE_SECONDS = 1e-2  # virtual seconds that a chore takes beside everything else
+START_SECONDS = 5e-3  # virtual seconds until a process that is added is ready
 SLOT_SECONDS = 1e-3  # virtual seconds that a slot takes where nothing else is said
 
 
@@ -57,6 +58,7 @@ class InProcessCluster:
         self._random = random.Random(seed)
         self._pace = pace
         self._machines: list[list[int]] = [[] for _ in range(machines)]
+        self._turns: dict[str, int] = {}  # processes so far, by role
         self._now = 0.0
         self._order = itertools.count()
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -75,14 +77,28 @@ class InProcessCluster:
 
     def spawn(self, specs: Mapping[int, Spec]) -> None:
         """Build processes by incarnation; each reports that it is ready."""
-        turns: dict[str, int] = {}
         for incarnation, spec in specs.items():
-            turns[spec.role] = turns.get(spec.role, -1) + 1
-            self._machines[turns[spec.role] % len(self._machines)].append(incarnation)
-            self._endpoints[incarnation] = self._network.endpoint(incarnation)
-            self._processes[incarnation] = _Process(spec.build(self.now, np.zeros))
-            ready = ev.ProcessReady(spec.rules.timeline, {"device": "this process"})
-            self._endpoints[incarnation].send(ev.DRIVER, ready)
+            self._place(incarnation, spec)
+            self._begin(incarnation, spec)
+
+    def add(self, incarnation: int, spec: Spec) -> None:
+        """One more process, which is ready some time later."""
+        self._place(incarnation, spec)
+        self._at(self._now + START_SECONDS, lambda: self._begin(incarnation, spec))
+
+    def end(self, incarnation: int) -> None:
+        """Make sure that a process is gone."""
+        self._processes.pop(incarnation, None)
+
+    def _place(self, incarnation: int, spec: Spec) -> None:
+        turn = self._turns[spec.role] = self._turns.get(spec.role, -1) + 1
+        self._machines[turn % len(self._machines)].append(incarnation)
+
+    def _begin(self, incarnation: int, spec: Spec) -> None:
+        self._endpoints[incarnation] = self._network.endpoint(incarnation)
+        self._processes[incarnation] = _Process(spec.build(self.now, np.zeros))
+        ready = ev.ProcessReady(spec.rules.timeline, {"device": "this process"})
+        self._endpoints[incarnation].send(ev.DRIVER, ready)
 
     def nodes(self) -> tuple[tuple[int, ...], ...]:
         """The incarnations on each machine."""

@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+NOBODY = -1
+"""Who computes a slot while no worker is there."""
 Slot = tuple[int, int]
 """(step, slot)."""
 
@@ -94,5 +96,7 @@ def assign(slots: int, workers: list[int]) -> tuple[int, ...]:
     >>> assign(5, [11, 12])
     (11, 11, 11, 12, 12)
     """
+    if not workers:
+        return (NOBODY,) * slots
     share, extra = divmod(slots, len(workers))
     return tuple(w for i, w in enumerate(workers) for _ in range(share + (i < extra)))

@@ -22,6 +22,8 @@ Event = Mapping[str, Any]
 
 log = logging.getLogger("distgd.tracking")
 
+ONCE = ("step", "eval")
+"""Kinds of events of which each step has one."""
 MOST_SERIES = 16
 """Up to this many workers each have a series of their own."""
 
@@ -117,22 +119,26 @@ class Many:
 
 
 class Onwards:
-    """A tracker of a run that goes on: steps and evaluations that were logged before are not logged again.
+    """A tracker of a run that may go back: a step and an evaluation are logged once, when they come first.
 
     Args:
-        tracker: gets everything else.
-        logged: the last step of each kind of event that it has, as `logged` finds it.
+        tracker: gets everything else as it comes.
+        before: the last step of each kind of event that was logged by another process, as `logged` finds it.
     """
 
-    def __init__(self, tracker: Tracker, logged: Mapping[str, int]) -> None:
-        self._tracker, self._logged = tracker, logged
+    def __init__(self, tracker: Tracker, before: Mapping[str, int]) -> None:
+        self._tracker, self._logged = tracker, dict(before)
 
     def start(self, info: RunInfo) -> None:
         self._tracker.start(info)
 
     def log(self, event: Event) -> None:
-        if event["step"] > self._logged.get(event["event"], -1):
-            self._tracker.log(event)
+        kind, step = event["event"], event["step"]
+        if kind in ONCE:
+            if step <= self._logged.get(kind, -1):
+                return
+            self._logged[kind] = step
+        self._tracker.log(event)
 
     def finish(self, end: RunEnd) -> None:
         self._tracker.finish(end)
@@ -156,7 +162,7 @@ def logged(metrics_jsonl: Path) -> dict[str, int]:
     """The last step of each kind that is logged once a step."""
     last: dict[str, int] = {}
     for event in events(metrics_jsonl):
-        if event["event"] in ("step", "eval"):
+        if event["event"] in ONCE:
             last[event["event"]] = max(event["step"], last.get(event["event"], -1))
     return last
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -86,6 +86,13 @@ def begin(run_dir: Path) -> Start:
     start = Start(before["run"], before["timeline"] + 1, lock)
     _write_durably(path, {"run": start.run, "timeline": start.timeline})
     return start
+
+
+def next_timeline(run_dir: Path, start: Start) -> Start:
+    """Begin another timeline, as durably, for all shards go back."""
+    new = replace(start, timeline=start.timeline + 1)
+    _write_durably(run_dir / "run.json", {"run": new.run, "timeline": new.timeline})
+    return new
 
 
 def identity(run_dir: Path) -> str | None:

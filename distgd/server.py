@@ -105,6 +105,9 @@ class Server:
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message; a committed step's report says how long this message took to apply."""
         match event:
+            case ev.TimelineBegun() if event.timeline > self._timeline:
+                self._begin(event)
+                return []
             case ev.Stop():
                 return [ev.End(f"stopped by the driver at version {self._shard.version if self._shard else 0}")]
             case ev.StatusRequested():
@@ -122,6 +125,12 @@ class Server:
         began = self._clock()
         effects = self._shard.handle(source, event)
         return [self._timed(effect, began) for effect in effects]
+
+    def _begin(self, event: ev.TimelineBegun) -> None:
+        """Be as a process that was born with this timeline: everything else is dropped."""
+        rules = replace(self.spec.rules, timeline=event.timeline, incarnations=event.shards)
+        self.spec = replace(self.spec, rules=rules)
+        self._timeline, self._shard, self._early = event.timeline, None, []
 
     def _load(self, load: ev.Load) -> list[ev.Effect]:
         """Take the weights, once, and write them down before they change."""

@@ -111,6 +111,8 @@ class Tally:
         if self.first_commit is None or self.last_commit <= self.first_commit:
             return None
         steps, samples = self.steps - self._before[0], self.samples - self._before[1]
+        if steps < 1:
+            return None
         return samples * (steps - 1) / steps / (self.last_commit - self.first_commit)
 
     def step_ms(self) -> dict[str, float | None]:

@@ -15,8 +15,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -25,16 +26,18 @@ from torch import Tensor
 
 from distgd import events as ev
 from distgd import weights
+from distgd.assignment import Cast
 from distgd.checkpoint import Damaged, check
 from distgd.cluster import Cluster, RayCluster
 from distgd.config import Config, load
-from distgd.driver import Account, Driver, Effect, Finish, Keep, Log, Resumed, Save
+from distgd.driver import Account, Driver, Effect, Finish, Keep, Log, Recover, Resumed, Save, Spawn
 from distgd.errors import (
     BadInput,
     DeadlineExceeded,
     DistgdError,
     Interrupted,
     Preempted,
+    ProcessLost,
     RunFailed,
     blaming,
     users_error,
@@ -49,7 +52,7 @@ from distgd.report import write_report
 from distgd.resources import by_role
 from distgd.result import Result, summarize
 from distgd.resume import Found, find, finished, in_place, resumed
-from distgd.runfolder import begin, give_back, mend, missing, new_folder, refused_by_disk
+from distgd.runfolder import begin, give_back, mend, missing, new_folder, next_timeline, refused_by_disk
 from distgd.runinfo import describe
 from distgd.saving import Whole
 from distgd.signals import Signals, Terminated, interruptible
@@ -64,6 +67,7 @@ log = logging.getLogger("distgd.trainer")
 
 POINTS = 1000  # of each metric in MLflow, where the config does not say
 LISTENING = 0.5  # seconds between two looks at what signals have been heard
+RECOVERIES = 5  # attempts to bring all shards back, each ended by the loss of another one
 LEAVING_SECONDS = 60.0  # that a signal's checkpoint may take
 REST = 0.005  # seconds between two looks at what shards have committed
 STATUS_SECONDS = 3.0  # how long processes get to say what they do before a deadline's error is written
@@ -222,6 +226,14 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update=changed)
 
 
+class _ShardLost(Exception):
+    """A shard is gone while all of them are being brought back."""
+
+    def __init__(self, incarnation: int) -> None:
+        super().__init__(incarnation)
+        self.incarnation = incarnation
+
+
 class _Run:
     """The parts of one run and the order in which they begin and end."""
 
@@ -241,7 +253,8 @@ class _Run:
         self.driver: Driver | None = None
         self.first_commit: float | None = None  # seconds since `began`
         self.closing = False
-        self.cast = plan.cast(self.start.timeline)
+        self._cast = plan.cast(self.start.timeline)
+        self.meanwhile: list[tuple[int, Any]] = []  # what arrived during a recovery and is not of it
         self.assignment = plan.assignment()
         self.mlflow = _mlflow(plan) if plan.config.tracking.uri != "none" else None
         self.tracker: Tracker = Many(Jsonl(), *([self.mlflow] if self.mlflow else []), *also)
@@ -250,6 +263,11 @@ class _Run:
         self.files = ExitStack()
         self.files.enter_context(self.start.lock)
         self.final: dict[str, Tensor] = {}  # the last version, once it is here
+
+    @property
+    def cast(self) -> Cast:
+        """Who plays what now."""
+        return self.driver.cast if self.driver is not None else self._cast
 
     def execute(self, cluster: Cluster | None) -> Result:
         """Everything after the checks; the cluster is closed and the trackers are told, whatever happens."""
@@ -294,8 +312,7 @@ class _Run:
             self.keeping = Keeping(self.run_dir, self.start, self.plan, self.assignment, begins)
         self._tell({"event": "start", "headline": self.plan.headline(), "steps": self.plan.planned_steps})
         before = logged(self.run_dir / "metrics.jsonl") if self.found is not None else None
-        if before:
-            self.tracker = Onwards(self.tracker, before)
+        self.tracker = Onwards(self.tracker, before or {})
         self.tracker.start(describe(self.plan, self.run_dir, self.parent, before))
         passed = [f"a damaged checkpoint was passed over: {why}" for why in (self.found.damaged if self.found else ())]
         for warning in (*self.plan.warnings, *passed):
@@ -315,15 +332,8 @@ class _Run:
         try:
             cluster.spawn(self.plan.specs(self.cast, self.keeping.folder if self.keeping else None))
             self.signals.listen()  # Ray has taken them
-            self._await_ready(cluster)
-            written = self._load(cluster)
-            now = cluster.now()
-            driver = self.driver = Driver(self.cast, self.assignment, now, cluster.nodes(), self.goes_on)
-            if self.keeping is not None:
-                self.keeping.make(Whole(0, written, driver.progress()))
-            if self.goes_on is not None or self.found is not None:
-                self._write([account.line for account in driver.rolled_back(self.goes_on)])
-            finish = self._perform(cluster, driver.start(now)) or self._listen(cluster, driver)
+            self._await_ready(cluster, self.cast, self.cast.everybody)
+            finish = self._perform(cluster, self._start(cluster, self.cast, self.goes_on)) or self._listen(cluster)
             if finish.error is not None:
                 raise finish.error
         finally:
@@ -334,29 +344,72 @@ class _Run:
             cluster.close()
             self.closing = False
 
-    def _await_ready(self, cluster: Cluster) -> None:
-        waiting = set(self.cast.everybody)
-        for source, event in self._starting(cluster, "to be ready", waiting):
+    def _await_ready(self, cluster: Cluster, cast: Cast, who: Collection[int]) -> None:
+        waiting = set(who)
+        for source, event in self._starting(cluster, cast, "to be ready", waiting):
             if isinstance(event, ev.ProcessReady):
                 waiting.discard(source)
-                log.info("%s is ready: %s", self.cast.name(source), event.facts)
+                log.info("%s is ready: %s", cast.name(source), event.facts)
 
-    def _load(self, cluster: Cluster) -> tuple[ev.ShardWritten, ...]:
-        """Give every shard its state; where checkpoints are kept, each has written it down before anything changes."""
-        checkpoint = self.found.checkpoint if self.found else None
-        version = self.goes_on.version if self.goes_on else 0
-        loads = self.plan.loads(self.cast, checkpoint.folder if checkpoint else None, version)
-        for shard, weights_of in loads.items():
-            cluster.send(shard, weights_of)
-        waiting = set(self.cast.shards)
+    def _start(
+        self, cluster: Cluster, cast: Cast, goes_on: Resumed | None, joining: Collection[int] = ()
+    ) -> list[Effect]:
+        """Give every shard its state, and begin; where checkpoints are kept, the first one is there before anything."""
+        written = self._load(cluster, cast, goes_on)
+        now, before = cluster.now(), self.driver
+        driver = Driver(cast, self.assignment, now, cluster.nodes(), goes_on, joining)
+        if before is not None:
+            driver.tally.step_seconds, driver.tally.staleness = before.tally.step_seconds, before.tally.staleness
+        self.driver = driver
+        if self.keeping is not None:
+            self.keeping.make(Whole(0, written, driver.progress()))
+        if goes_on is not None or self.found is not None:
+            self._write([account.line for account in driver.rolled_back(goes_on)])
+        return driver.start(now)
+
+    def _load(self, cluster: Cluster, cast: Cast, goes_on: Resumed | None) -> tuple[ev.ShardWritten, ...]:
+        checkpoint = goes_on and (self.keeping.newest if self.keeping else self.found and self.found.checkpoint)
+        folder = checkpoint.folder if checkpoint else None
+        for shard, wanted in self.plan.loads(cast, folder, goes_on.version if goes_on else 0).items():
+            cluster.send(shard, wanted)
+        waiting = set(cast.shards)
         written: dict[int, ev.ShardWritten] = {}
-        for source, event in self._starting(cluster, "to have the weights", waiting):
-            if isinstance(event, ev.ShardWritten):
+        for source, event in self._starting(cluster, cast, "to have the weights", waiting):
+            if isinstance(event, ev.ShardWritten) and event.timeline == cast.timeline:
                 self._check_probe(event)
                 written[event.shard] = event
             if isinstance(event, ev.Loaded if self.keeping is None else ev.ShardWritten):
-                waiting.discard(source)
+                waiting -= {source} if event.timeline == cast.timeline else set()
         return tuple(written[shard] for shard in sorted(written))
+
+    def _recover(self, cluster: Cluster, shard: int) -> list[Effect]:
+        """Put another process in the place of a shard that is gone, and bring all of them back to the last checkpoint.
+
+        Workers are not restarted: they are told of the new timeline, and wait. Who else is lost meanwhile is seen to:
+        another shard in the same way, all others afterwards.
+        """
+        assert self.driver is not None
+        assert self.keeping is not None
+        cast, joining = self.driver.cast, self.driver.joining
+        self.meanwhile.clear()
+        for _ in range(RECOVERIES):
+            self.keeping.start = next_timeline(self.run_dir, self.keeping.start)
+            cluster.end(shard)
+            new = max(cast.everybody) + 1
+            cast = replace(cast.replaced(shard, new), timeline=self.keeping.start.timeline)
+            try:
+                cluster.add(new, self.plan.specs(cast, self.keeping.folder)[new])
+                self._await_ready(cluster, cast, [new])
+                for other in cast.everybody:
+                    cluster.send(other, ev.TimelineBegun(cast.timeline, cast.shards))
+                self.keeping.find()
+                goes_on = resumed(Found(self.run_dir, self.keeping.newest), self.plan)
+                effects = self._start(cluster, cast, goes_on, joining)
+            except _ShardLost as lost:
+                shard = lost.incarnation
+                continue
+            return [*effects, *(e for each in self.meanwhile for e in self.driver.handle(*each, cluster.now()))]
+        raise ProcessLost(f"{RECOVERIES} times in a row another shard was gone before all had the weights again")
 
     def _check_probe(self, part: ev.ShardWritten) -> None:
         """What shards write must be there for the driver to read, and for whoever goes on."""
@@ -371,31 +424,36 @@ class _Run:
             do = "set run.storage to a folder that all nodes share and can write, or checkpoint.every=null"
             raise BadInput.described("run.storage", "a folder for checkpoints", found, do)
 
-    def _starting(self, cluster: Cluster, what: str, waiting: set[int]) -> Iterator[tuple[int, Any]]:
+    def _starting(self, cluster: Cluster, cast: Cast, what: str, waiting: set[int]) -> Iterator[tuple[int, Any]]:
         """What arrives while somebody is waited for; `waiting` gets smaller meanwhile."""
         began, seconds = cluster.now(), self.plan.config.cluster.start_seconds
         while waiting:
             arrived = cluster.receive(max(0.0, began + seconds - cluster.now()))
             if arrived is None:
-                who = f"{', '.join(map(self.cast.name, sorted(waiting)))} {what}"
+                who = f"{', '.join(map(cast.name, sorted(waiting)))} {what}"
                 do = "set cluster.start_timeout higher if building model and data takes longer"
                 raise DeadlineExceeded.waiting(who, "start", cluster.now() - began, do)
             source, event = arrived
-            if isinstance(event, ev.ProcessFailed | ev.ProcessLost):
-                driver = Driver(self.cast, self.assignment, cluster.now())
-                finish = self._perform(cluster, driver.handle(source, event, cluster.now()))
+            if isinstance(event, ev.ProcessFailed) or (isinstance(event, ev.ProcessLost) and self.driver is None):
+                driver = Driver(cast, self.assignment, cluster.now())
+                finish = next((e for e in driver.handle(source, event, cluster.now()) if isinstance(e, Finish)), None)
                 why = f": {event.why}" if isinstance(event, ev.ProcessLost) else ""
-                did_not = RunFailed(f"{self.cast.name(source)} did not start{why}")
+                did_not = RunFailed(f"{cast.name(source)} did not start{why}")
                 raise finish.error if finish and finish.error else did_not
+            if isinstance(event, ev.ProcessLost) and event.incarnation in cast.shards:
+                raise _ShardLost(event.incarnation)
+            if isinstance(event, ev.ProcessLost) or (isinstance(event, ev.ProcessReady) and source not in waiting):
+                self.meanwhile.append((source, event))
             yield source, event
 
-    def _listen(self, cluster: Cluster, driver: Driver) -> Finish:
+    def _listen(self, cluster: Cluster) -> Finish:
         reached, since = (0, 0, -1, 0), cluster.now()
         deadline = self.plan.config.cluster.deadline
         leaving: float | None = None  # since when
         self.signals.patient = True
         while True:
-            now = cluster.now()
+            driver, now = self.driver, cluster.now()
+            assert driver is not None
             if self.signals.heard is not None and leaving is None:
                 leaving = now
                 finish = self._leave(cluster, driver, self.signals.heard)
@@ -406,6 +464,8 @@ class _Run:
                 return Finish(self._interrupted(self.signals.heard))
             arrived = cluster.receive(min(LISTENING, max(0.0, since + deadline - now)))
             if arrived is not None:
+                if isinstance(arrived[1], ev.ProcessReady):
+                    driver.nodes = cluster.nodes()
                 finish = self._perform(cluster, driver.handle(*arrived, cluster.now()))
                 if finish is not None:
                     return finish
@@ -465,6 +525,12 @@ class _Run:
                     finish = self._perform(cluster, self._save(cluster, whole))
                     if finish is not None:
                         return finish
+                case Spawn(incarnation):
+                    assert self.driver is not None
+                    folder = self.keeping.folder if self.keeping else None
+                    cluster.add(incarnation, self.plan.specs(self.driver.cast, folder)[incarnation])
+                case Recover(shard):
+                    return self._perform(cluster, self._recover(cluster, shard))
                 case Finish():
                     return effect
         if stop is not None and self.driver is not None:  # behind what was decided before, which may go on

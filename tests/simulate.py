@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distgd import events as ev
 from distgd import weights
 from distgd.config import load
-from distgd.driver import Account, Driver, Finish, Keep, Log
+from distgd.driver import Account, Driver, Finish, Keep, Log, Spawn
 from distgd.errors import DistgdError
 from distgd.inprocess import SLOT_SECONDS, InProcessCluster
 from distgd.layout import BUCKET, state
@@ -100,6 +100,9 @@ def run(
                             wanted = stop
                     case Keep(best):
                         done.kept.append((best.step, weights.fingerprint(_state(plan, len(cast.shards), best.parts))))
+                    case Spawn(incarnation):
+                        spec = plan.specs(driver.cast)[incarnation]
+                        cluster.add(incarnation, replace(spec, rules=replace(spec.rules, bucket=bucket)))
                     case Account(line):
                         done.lines.append(line)
                     case Finish(error):
@@ -108,6 +111,7 @@ def run(
                         return done
             arrived = cluster.receive(1e6)
             assert arrived is not None, f"stuck at step {driver.tally.steps}"
+            driver.nodes = cluster.nodes()
             effects = driver.handle(*arrived, cluster.now())
     finally:
         cluster.close()

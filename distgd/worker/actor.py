@@ -87,17 +87,28 @@ class Worker:
     def __init__(
         self, spec: WorkerSpec, replica: Replica, source: Any, clock: Callable[[], float], allocate: Allocate
     ) -> None:
-        self.spec = spec
         self.replica = replica
         self._source = source
-        self._timeline = spec.rules.timeline
-        self._members = -1
+        self._clock, self._allocate = clock, allocate
+        self._begin(spec, token=0)
+
+    def _begin(self, spec: WorkerSpec, token: int) -> None:
+        """Be as a process that was born with the timeline of `spec`; model and data stay."""
+        self.spec, self._timeline, self._members = spec, spec.rules.timeline, -1
         layout = spec.blueprint.layout
-        self.work = Work(spec.rules, spec.incarnation, spec.slices, layout, spec.quorum, replica, clock, allocate)
+        self.work = Work(
+            spec.rules, spec.incarnation, spec.slices, layout, spec.quorum, self.replica, self._clock, self._allocate
+        )
+        self.work.token = token
         self._mode: Sync | Leased = Sync(self.work) if spec.rules.staged else Leased(self.work)
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message, or a `Computed` of this process itself."""
+        if isinstance(event, ev.TimelineBegun) and event.timeline > self._timeline:
+            rules = replace(self.spec.rules, timeline=event.timeline, incarnations=event.shards)
+            self._begin(replace(self.spec, rules=rules), self.work.token + 1)
+            self.work.buffers_version = -1  # those that are here may be newer than the checkpoint
+            return []
         if event.timeline != self._timeline:
             return []
         match event:
