@@ -136,12 +136,15 @@ class Adder:
     def _send(self) -> list[ev.Effect]:
         """Whatever is ready: buckets of this machine's largest sums, and what closes them.
 
-        A sum of which a bucket has gone stays as it is, whatever else is given to this machine meanwhile.
+        A sum of which a bucket has gone stays as it is, whatever else is given to this machine meanwhile. A push that
+        has slots of such a sum and others cannot be taken apart: it goes as it is, and shards put it in the place of
+        what they have of it.
         """
         begun = {k for node in self._gone for k in range(*node)}
         rest = maximal((self._slots | self._given) - begun, self._rules.slots)
         open_ = [node for node in self._gone if node not in self._closed]
-        return [effect for node in (*open_, *rest) for effect in self._send_node(node)]
+        astride = [node for node in self._pushes if len(begun.intersection(range(*node))) not in (0, node[1] - node[0])]
+        return [effect for node in (*open_, *rest, *astride) for effect in self._send_node(node)]
 
     def _send_node(self, node: Node) -> Iterator[ev.Effect]:
         for place in self.places:

@@ -7,7 +7,7 @@ mode has them. What it knows is lost with its process; the files that the traine
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +24,9 @@ from distgd.stopping import Stop
 from distgd.tally import Tally
 
 FINAL = ev.FINAL
-FATAL = 3
-"""So many workers that end with a slot, one after the other, end the run."""
+FATAL, APART = 3, 2.0
+"""So many workers that end with a slot before it is committed end the run; those that are lost within so many seconds
+count as one, as machines go together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ class Driver:
         self.timed = False  # whether the step at which it ends depends on how fast everybody was
         self.stopped = False  # whether that was asked for from outside
         self.joining = set(joining)
-        self._deaths: Counter[tuple[int, int]] = Counter()  # of workers that had a slot which is not committed yet
+        self._deaths: dict[tuple[int, int], tuple[int, float]] = {}  # of workers with a slot: how many, when the last
         self._evaluating = -1  # the snapshot that the evaluator has been asked for last
         self._live = {ev.DRIVER, *cast.everybody}
         self._newest = max(self._live)
@@ -261,7 +262,7 @@ class Driver:
         fault = Log(self.tally.event("fault", now, {}, message=why))
         if gone in self.cast.shards:
             return [fault, Recover(gone) if self.saving.on else Finish(ProcessLost(why))]
-        poisoned = self._count_death(gone)
+        poisoned = self._count_death(gone, now)
         if poisoned is not None:
             return [fault, Finish(poisoned)]
         self._live.discard(gone)
@@ -279,11 +280,11 @@ class Driver:
     def _joined(self, new: int, now: float) -> list[Effect]:
         """A replacement is ready: it gets its share of the slots, or the evaluation that another did not end."""
         self.joining.discard(new)
-        fault = Log(self.tally.event("fault", now, {}, message=f"{self.cast.name(new)} is there again"))
+        joined = Log(self.tally.event("joined", now, {}, message=f"{self.cast.name(new)} is there again"))
         again = self._score(self._evaluating) if new == self.cast.evaluator and self._evaluating >= 0 else []
-        return [fault, *self._announce(), *again]
+        return [joined, *self._announce(), *again]
 
-    def _count_death(self, worker: int) -> DistgdError | None:
+    def _count_death(self, worker: int, now: float) -> DistgdError | None:
         """Whether a slot has ended too many workers; what it holds is then the likeliest reason."""
         step = self.tally.steps
         for old in [slot for slot in self._deaths if slot[0] < step]:
@@ -292,8 +293,11 @@ class Driver:
         if self.assignment.staged and worker in self._workers:
             table = assign(self.assignment.order.slots, self._workers)
             had = [(step, slot) for slot, owner in enumerate(table) if owner == worker]
-        self._deaths.update(had)
-        fatal = next((slot for slot in had if self._deaths[slot] >= FATAL), None)
+        for slot in had:
+            count, last = self._deaths.get(slot, (0, -APART))
+            if now - last >= APART:
+                self._deaths[slot] = count + 1, now
+        fatal = next((slot for slot in had if self._deaths[slot][0] >= FATAL), None)
         if fatal is None:
             return None
         places = "places {} to {} of epoch {}".format(

@@ -57,6 +57,10 @@ class MembershipChanged:
     table: tuple[int, ...]
     nodes: tuple[tuple[int, ...], ...] = ()
 
+    def places(self, incarnation: int) -> bool:
+        """Whether it is known on which machine a shard or a worker is; of one that is still starting it is not."""
+        return not self.nodes or any(incarnation in node for node in self.nodes)
+
     def beside(self, incarnation: int) -> frozenset[int]:
         """Who is on the machine of `incarnation`, itself among them; all that live where there is one machine."""
         return next((frozenset(node) for node in self.nodes if incarnation in node), self.live)

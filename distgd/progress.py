@@ -77,8 +77,8 @@ class Progress:
         if event["event"] == "start":
             self._write(event["headline"])
             return
-        if event["event"] == "fault":
-            self._write(f"fault at step {event['step']}: {event['message']}")
+        if event["event"] in ("fault", "joined"):
+            self._write(f"{event['event']} at step {event['step']}: {event['message']}")
             return
         self._line.take(event)
         if not event["step"]:

@@ -35,6 +35,7 @@ from distgd.snapshots import Snapshots
 from distgd.staging import Block, Mean, Staging
 
 Array = np.ndarray[Any, Any]
+OF_WORKERS = (ev.PullRequested, ev.GradientArrived, ev.GradientPart)
 
 
 class Shard:
@@ -129,8 +130,8 @@ class Shard:
             return [*self._update, *self.handle(source, event)]
         if isinstance(event, ev.MembershipChanged):
             return self._membership(event)
-        if source > self._members.newest:
-            self._parked.append((source, event))
+        if source > self._members.newest or (isinstance(event, OF_WORKERS) and not self._members.places(source)):
+            self._parked.append((source, event))  # the driver knows of it, and will tell
             return []
         if source not in self._members.live:
             return [ev.Send(source, ev.Fenced(self.rules.timeline))]

@@ -288,13 +288,21 @@ def test_nothing_comes_where_nothing_ever_will() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_last_worker_or_a_shard_lost_ends_the_run(mode: str) -> None:
+def test_without_a_checkpoint_a_lost_shard_ends_the_run(mode: str) -> None:
     plan = counting(mode, 2, 2, **MODES[mode])
-    cast = plan.cast()
-    gone = run(plan, InProcessCluster(0, lose=dict.fromkeys(cast.workers, 0.005)))
-    assert type(gone.error).__name__ == "ProcessLost"
-    assert "worker" in str(gone.error)
-    assert "shard 1" in str(run(plan, InProcessCluster(0, lose={cast.shards[1]: 0.005})).error)
+    assert "shard 1" in str(run(plan, InProcessCluster(0, lose={plan.cast().shards[1]: 0.005})).error)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_workers_lost_are_replaced(mode: str) -> None:
+    plan = counting(mode, 2, 2, **MODES[mode])
+    done = run(plan, InProcessCluster(0, lose=dict.fromkeys(plan.cast().workers, 0.005)))
+    assert done.error is None
+    assert torch.equal(done.state["w"], torch.ones(SAMPLES))
+    assert covered_once(done)
+    assert [event["event"] for event in done.events if event["event"] in ("fault", "joined")] == ["fault"] * 2 + [
+        "joined"
+    ] * 2
 
 
 def test_an_evaluator_does_not_change_the_bits() -> None:

@@ -122,7 +122,7 @@ class Worker:
                 self._members = event.number
                 if self.spec.incarnation not in event.live:
                     return [ev.End("fenced: replaced by another")]
-                return self._mode.membership(event)
+                return self._mode.membership(event) if event.places(self.spec.incarnation) else []
             case ev.MembershipChanged():
                 return []
             case Computed():
