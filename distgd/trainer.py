@@ -67,7 +67,7 @@ log = logging.getLogger("distgd.trainer")
 
 POINTS = 1000  # of each metric in MLflow, where the config does not say
 LISTENING = 0.5  # seconds between two looks at what signals have been heard
-RECOVERIES = 5  # attempts to bring all shards back, each ended by the loss of another one
+RECOVERIES = 10  # attempts to bring all shards back, each ended by the loss of another one
 LEAVING_SECONDS = 60.0  # that a signal's checkpoint may take
 REST = 0.005  # seconds between two looks at what shards have committed
 STATUS_SECONDS = 3.0  # how long processes get to say what they do before a deadline's error is written

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distgd import events as ev
-from distgd.driver import FINAL, Account, Assignment, Cast, Driver, Finish, Log
+from distgd.driver import FINAL, Account, Assignment, Cast, Driver, Finish, Log, Spawn
 from distgd.errors import BadInput, Diverged, ProcessLost, RunFailed
 from distgd.optim import OptimizerSpec, Schedule
 from distgd.sources import Order
@@ -110,10 +110,10 @@ class TestMembership:
         stage = Stage()
         effects = stage.give(4, ev.ProcessLost(4, "killed"))
         told = stage.sent(ev.MembershipChanged, effects)
-        assert [to for to, _ in told] == [1, 2, 3, 5]
+        assert [to for to, _ in told] == [1, 2, 3, 5, 6], "the one that is to come among them"
         assert {m.table for _, m in told} == {(3, 3, 5, 5)}
         assert {m.number for _, m in told} == {2}
-        assert all(4 not in m.live and m.newest == 5 for _, m in told)
+        assert all(4 not in m.live and m.newest == 6 for _, m in told)
         (fault,) = stage.logs("fault")
         assert fault["message"] == "worker 1 is gone: killed"
 
@@ -122,22 +122,71 @@ class TestMembership:
         stage.give(4, ev.ProcessLost(4, "killed"))
         assert stage.give(4, ev.ProcessLost(4, "killed")) == []
 
-    def test_the_last_worker_ends_the_run(self) -> None:
+    def test_a_replacement_has_its_place_and_gets_slots_once_it_is_ready(self) -> None:
+        stage = Stage()
+        effects = stage.give(4, ev.ProcessLost(4, "killed"))
+        assert [e.incarnation for e in effects if isinstance(e, Spawn)] == [6]
+        assert stage.driver.cast.name(6) == "worker 1"
+        effects = stage.give(6, ev.ProcessReady(1, {}))
+        assert {m.table for _, m in stage.sent(ev.MembershipChanged, effects)} == {(3, 3, 6, 5)}
+        (joined,) = stage.logs("joined")
+        assert joined["message"] == "worker 1 is there again"
+        assert stage.give(6, ev.ProcessReady(1, {})) == []
+
+    def test_a_replacement_that_is_lost_is_replaced_again(self) -> None:
+        stage = Stage()
+        stage.give(4, ev.ProcessLost(4, "killed"))
+        effects = stage.give(6, ev.ProcessLost(6, "killed"))
+        assert [e.incarnation for e in effects if isinstance(e, Spawn)] == [7]
+        assert stage.give(6, ev.ProcessReady(1, {})) == []
+        assert stage.driver.cast.workers == (3, 7, 5)
+
+    def test_with_no_worker_left_nobody_computes_until_one_comes(self) -> None:
         stage = Stage()
         for worker in WORKERS:
-            assert not stage.finish()
-            stage.give(worker, ev.ProcessLost(worker, "killed"))
-        (finish,) = stage.finish()
-        assert isinstance(finish.error, ProcessLost)
-        assert "worker 2 is gone: killed" in str(finish.error)
+            effects = stage.give(worker, ev.ProcessLost(worker, "killed"))
+        assert {m.table for _, m in stage.sent(ev.MembershipChanged, effects)} == {(-1, -1, -1, -1)}
+        effects = stage.give(7, ev.ProcessReady(1, {}))
+        assert {m.table for _, m in stage.sent(ev.MembershipChanged, effects)} == {(7, 7, 7, 7)}
+        assert not stage.finish()
 
-    @pytest.mark.parametrize(("incarnation", "name"), [(2, "shard 1"), (EVALUATOR, "the evaluator")])
-    def test_a_shard_or_the_evaluator_ends_the_run(self, incarnation: int, name: str) -> None:
+    @pytest.mark.parametrize(("apart", "ends"), [(3.0, True), (0.1, False)])
+    def test_a_slot_that_ends_three_workers_ends_the_run_unless_machines_went_together(
+        self, apart: float, ends: bool
+    ) -> None:
+        stage = Stage()
+        for worker in WORKERS:
+            stage.now += apart
+            stage.give(worker, ev.ProcessLost(worker, "killed"))
+        assert bool(stage.finish()) == ends
+        if ends:
+            assert str(stage.finish()[0].error).startswith("step 0, slot 0: expected a worker to survive it, found 3")
+
+    def test_a_commit_between_says_that_it_was_not_the_slot(self) -> None:
+        stage = Stage()
+        for step, worker in enumerate([*WORKERS, 6, 7, 8]):
+            stage.now += 3.0
+            stage.give(worker, ev.ProcessLost(worker, "killed"))
+            stage.give(6 + step, ev.ProcessReady(1, {}))
+            if step % 2:
+                stage.commit(step // 2)
+        assert not stage.finish()
+
+    def test_a_shard_lost_without_a_checkpoint_ends_the_run(self) -> None:
         stage = Stage(cast=CAST)
-        stage.give(incarnation, ev.ProcessLost(incarnation, "out of memory"))
+        stage.give(2, ev.ProcessLost(2, "out of memory"))
         (finish,) = stage.finish()
         assert isinstance(finish.error, ProcessLost)
-        assert f"{name} is gone: out of memory" in str(finish.error)
+        assert "shard 1 is gone: out of memory" in str(finish.error)
+
+    def test_another_evaluator_does_what_the_lost_one_did_not_end(self) -> None:
+        stage = Stage(cast=CAST)
+        stage.commit(0)
+        (asked,) = [m for _, m in stage.sent(ev.Evaluate)]
+        effects = stage.give(EVALUATOR, ev.ProcessLost(EVALUATOR, "out of memory"))
+        assert [e.incarnation for e in effects if isinstance(e, Spawn)] == [7]
+        effects = stage.give(7, ev.ProcessReady(1, {}))
+        assert stage.sent(ev.Evaluate, effects) == [(7, asked)]
 
     @pytest.mark.parametrize(("kind", "expected"), [("BadInput", BadInput), ("KeyError", RunFailed)])
     def test_a_process_that_failed_ends_the_run_with_its_error(self, kind: str, expected: type) -> None:
