@@ -238,7 +238,7 @@ class RayCluster:
         self._actors: dict[int, Any] = {}
         self._places: dict[int, Place] = {}
         self._gone: deque[tuple[int, Any]] = deque()
-        self._coming: dict[Any, tuple[int, Spec]] = {}  # the answer that says where a process is -> who that is
+        self._coming: dict[Any, tuple[int, Spec, float]] = {}  # the answer that says where a process is -> who, when
         self._heard: dict[int, float] = {}  # when each heartbeat was heard last; those that have begun
         self._alone = True
         self._looked = 0.0
@@ -281,11 +281,12 @@ class RayCluster:
             found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
             raise BadInput.described("task", "an object that can be sent to processes", found, do) from error
         self._running[life] = incarnation
+        self._heard[incarnation] = self.now() + self._start_seconds - SILENCE  # until its heart beats
 
     def add(self, incarnation: int, spec: Spec) -> None:
         """Place and start one more process, which reports when it is ready; returns at once."""
         self._actors[incarnation] = actor = self._actor(incarnation, spec, alone=self._alone)
-        self._coming[actor.whereabouts.remote()] = incarnation, spec
+        self._coming[actor.whereabouts.remote()] = incarnation, spec, self.now()
 
     def _came(self) -> None:
         """Let processes live that have been placed, and tell all others where they are."""
@@ -293,7 +294,7 @@ class RayCluster:
 
         placed, _ = ray.wait(list(self._coming), num_returns=len(self._coming), timeout=0)
         for ref in placed:
-            incarnation, spec = self._coming.pop(ref)
+            incarnation, spec, _ = self._coming.pop(ref)
             try:
                 place = ray.get(ref)
             except Exception as error:  # noqa: BLE001 - Ray raises whatever ended it
@@ -305,6 +306,12 @@ class RayCluster:
             for other in self._running.values():
                 self._endpoint.send(other, ev.Placed(incarnation, place.node, place.addresses))
             self._run(incarnation, spec)
+        for ref, (incarnation, _, began) in list(self._coming.items()):
+            if self.now() - began > self._start_seconds:
+                del self._coming[ref]
+                self.end(incarnation)
+                why = f"not there {self._start_seconds:g} s after it was asked for"
+                self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
 
     def end(self, incarnation: int) -> None:
         """Make sure that a process is gone which is taken for lost."""
