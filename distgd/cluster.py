@@ -17,6 +17,7 @@ import pickle
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,9 +30,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import psutil
-
 from distgd import events as ev
+from distgd import reaper
 from distgd.config import Config
 from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed, users_error
 from distgd.resources import Resources, by_role, fit
@@ -244,6 +244,7 @@ class RayCluster:
         self._looked = 0.0
         self._joined = False
         self._private: Path | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._endpoint: Endpoint | None = None
 
     def now(self) -> float:
@@ -360,6 +361,10 @@ class RayCluster:
         import ray
 
         self._private = Path(tempfile.mkdtemp(prefix="distgd-"))
+        self._reaper = subprocess.Popen(
+            [sys.executable, reaper.__file__, str(self._private)], stdin=subprocess.PIPE, start_new_session=True
+        )
+        os.environ[reaper.MARK] = str(self._private)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         with contextlib.suppress(ImportError, AttributeError):  # no public way to make Ray read another token
@@ -380,6 +385,8 @@ class RayCluster:
                 )
             except Exception as error:
                 raise RunFailed(_why_not(error)) from error
+            finally:
+                os.environ.pop(reaper.MARK, None)
 
     def _check_address(self, address: str) -> None:
         """Ray itself tries for minutes, deaf to Ctrl-C."""
@@ -522,9 +529,12 @@ class RayCluster:
             ray.shutdown()
             self._joined = False
         if self._private is not None:
-            _end_all(self._private)
+            reaper.end_all(self._private)
             shutil.rmtree(self._private, ignore_errors=True)
             self._private = None
+        if self._reaper is not None:
+            self._reaper.communicate(reaper.DONE)
+            self._reaper = None
 
 
 @contextlib.contextmanager
@@ -562,14 +572,6 @@ def _why_not(error: Exception) -> str:
             "that cluster"
         )
     return message
-
-
-def _end_all(private: Path) -> None:
-    """End what Ray may leave of a private cluster, by the folder that its processes were started with."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(private) in word for word in process.info["cmdline"] or []):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
 
 
 def _first_line(error: Exception) -> str:

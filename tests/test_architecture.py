@@ -35,7 +35,7 @@ FLOORS = {
             "progress report audit weights",
             "server worker adder evaluator driver assignment evaluations saving gradients replica mirror "  # actors
             "tally",
-            "cluster inprocess resources",  # the engine
+            "cluster inprocess resources reaper",  # the engine
             "trainer plan prepare forecast keeping resume result runfolder runinfo signals compare cli "  # the story
             "__main__ __init__",
         )
