@@ -37,9 +37,11 @@ def end_all(folder: Path) -> int:
 
 
 def _is_of(process: psutil.Process, folder: str) -> bool:
-    if any(folder in word for word in process.cmdline()) and process.cmdline()[-1] != folder:
+    """By what it was started with; or, as a process may have written its name over that, by the logs that it writes."""
+    words = process.cmdline()
+    if any(folder in word for word in words) and __file__ not in words:
         return True
-    return process.environ().get(MARK) == folder
+    return process.environ().get(MARK) == folder or any(folder in file.path for file in process.open_files())
 
 
 def main(folder: Path) -> None:
