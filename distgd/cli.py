@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from distgd.progress import Progress
 
 Payload = Mapping[str, Any]
+MOST_EPOCHS = 12  # that `audit` shows, beside those with mistakes and the last one
 WIDEST = 400  # letters of a table's line, which is not cut where the window is narrower
 STARTED = time.time()  # a process may be older: a set-up that ends in `exec` is no part of the run
 
@@ -234,6 +235,24 @@ def report(run: str) -> Payload:
 
 @commands.command()
 @click.argument("run")
+@click.argument("out", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--best", is_flag=True, help="Those of the best evaluation, where eval.best asked for it.")
+@as_json
+def export(run: str, out: Path, best: bool) -> Payload:
+    """Write the weights of RUN to the file OUT, as safetensors for plain torch.
+
+    RUN is a run folder or a name under runs/, of a run in any state: where it has not ended, they are those of its
+    newest checkpoint.
+    """
+    from distgd.export import export
+
+    which = export(_run_folder(run), out, best=best)
+    click.echo(f"{out}: the weights of {run}, {which}")
+    return {"weights": str(out.absolute()), "which": which}
+
+
+@commands.command()
+@click.argument("run")
 @as_json
 def audit(run: str) -> Payload:
     """Count every sample of RUN, epoch by epoch.
@@ -251,10 +270,13 @@ def audit(run: str) -> Payload:
 def _show_audit(found: Audit) -> None:
     names = ("epoch", "granted", "applied", "twice", "lost", "dropped")
     click.echo("".join(f"{name:>12}" for name in names))
-    for count in found.epochs:
+    shown = [c for i, c in enumerate(found.epochs) if i < MOST_EPOCHS or c.twice or c.lost or c is found.epochs[-1]]
+    for count in shown:
         numbers = "".join(f"{getattr(count, name):>12,}" for name in names)
         share = f"  ({count.dropped / count.granted:.1%} of the epoch's)" if count.dropped else ""
         click.echo(numbers + share)
+    if left := len(found.epochs) - len(shown):
+        click.echo(f"{'...':>12}  and {left} more epochs, in which nothing was counted twice or lost")
     end = (
         f"the run went through {found.steps:,} steps"
         if found.finished

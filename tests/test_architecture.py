@@ -36,8 +36,8 @@ FLOORS = {
             "server worker adder evaluator driver assignment evaluations saving gradients replica mirror "  # actors
             "tally",
             "cluster inprocess resources reaper",  # the engine
-            "trainer plan prepare forecast keeping resume result runfolder runinfo signals compare cli "  # the story
-            "__main__ __init__",
+            "trainer plan prepare forecast keeping resume result runfolder runinfo signals export compare "  # the story
+            "cli __main__ __init__",
         )
     )
     for room in rooms.split()

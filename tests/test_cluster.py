@@ -21,7 +21,8 @@ import pytest
 import torch
 from simulate import OddTask, simulate
 
-from distgd import train
+from distgd import Stop, train
+from distgd.audit import audit, read
 from distgd.cluster import RayCluster
 from distgd.config import load
 from distgd.errors import BadInput, DeadlineExceeded, Diverged, RunFailed
@@ -171,6 +172,44 @@ def test_a_killed_worker_costs_its_recomputation_only(ray_cluster: None, tmp_pat
     assert result.weights_sha256 == simulate(task, cluster={"workers": 2}, **how).sha256
 
 
+@pytest.mark.parametrize(("role", "number"), [("Server", signal.SIGKILL), ("Worker", signal.SIGSTOP)])
+def test_a_shard_that_is_killed_and_a_worker_that_is_stopped_cost_no_bit(
+    ray_cluster: None, tmp_path: Path, role: str, number: signal.Signals
+) -> None:
+    """A shard's loss goes back to the last checkpoint; a process that only stands still is found and replaced."""
+    how: dict[str, Any] = {
+        "batch": {"size": 32, "slots": 4},
+        "stop": {"steps": 10**5 if number == signal.SIGSTOP else 400},
+        "optimizer": {"name": "adam", "lr": 0.001},
+    }
+    hit: list[int] = []
+    said: list[str] = []
+
+    def strike(event: dict[str, Any]) -> Stop | None:
+        if event["event"] == "step" and event["step"] >= 50 and not hit:
+            mine = psutil.Process().children(recursive=True)
+            hit.append(max(process.pid for process in mine if f"ray::{role}.run" in process.cmdline()))
+            os.kill(hit[0], number)
+        if event["event"] in ("fault", "joined"):
+            said.append(event["message"])
+        return Stop("seen") if number == signal.SIGSTOP and len(said) == 2 else None
+
+    task = OddTask(samples=112)
+    more = {"cluster": {"workers": 2, "servers": 2}, "checkpoint": {"every": {"steps": 30}}}
+    config = load({**sections(tmp_path, **more, **how), "task": {"path": "a:b"}})
+    result = launch(config, "strike", strike, task=task)
+    how["stop"] = {"steps": result.steps}
+    assert result.weights_sha256 == simulate(task, cluster={"workers": 2}, **how).sha256
+    if number == signal.SIGSTOP:
+        assert "silent for 5 s" in said[0]
+        assert said[1] == said[0].partition(" is gone")[0] + " is there again"
+        wait_until(lambda: not psutil.pid_exists(hit[0]), 10)
+    else:
+        assert "shard" in said[0]
+        found = audit(read(Path(result.run_dir) / "ledger.jsonl"))
+        assert (found.clean, found.rollbacks, found.steps) == (True, 1, 400)
+
+
 def test_an_address_without_a_cluster_is_bad_input_at_once(tmp_path: Path) -> None:
     config = {**sections(tmp_path, cluster={"address": "127.0.0.1:1"}), "task": "digits"}
     file = tmp_path / "nowhere.yaml"
@@ -253,11 +292,42 @@ def test_nothing_is_left_behind(tmp_path: Path, end: str) -> None:
         wait_until(lambda: any(folder.glob("distgd-*/session_2*/logs/*")), 60)
         os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == {"success": 0, "divergence": 3}.get(end, 130), stderr
-    assert json.loads(stdout.splitlines()[-1])["status"] in ("completed", "diverged", "interrupted")
+    code, status = {
+        "success": (0, "completed"),
+        "divergence": (3, "diverged"),
+        "terminate": (75, "preempted"),
+    }.get(end, (130, "interrupted"))
+    assert process.returncode == code, stderr
+    assert json.loads(stdout.splitlines()[-1])["status"] == status
     wait_until(lambda: not left_of(mark, folder), 10)
     assert {path for path in Path("/dev/shm").iterdir() if "distgd" in path.name} <= shared
     shutil.rmtree(folder)  # what torch keeps there
+
+
+def test_a_driver_that_is_killed_leaves_nothing_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """The same bits, though it was killed in the middle."""
+    mark, folder = f"mark-{os.getpid()}-kill", Path(tempfile.mkdtemp(prefix="d", dir="/tmp"))
+    command = [sys.executable, "-m", "distgd", "train", str(CONFIGS / "quickstart.yaml"), "--resume", "auto", "--json"]
+    more = ["tracking.uri=none", "checkpoint.every.steps=20", "stop.epochs=8", "run.name=killed"]
+    environment = {**os.environ, "TMPDIR": str(folder), "DISTGD_TEST_MARK": mark}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*command, *more], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    first = start()
+    wait_until(lambda: (tmp_path / "runs/killed/checkpoints/v20-t1/manifest.json").exists(), 90)
+    first.kill()
+    first.communicate()
+    wait_until(lambda: not left_of(mark, folder), 10)
+    result = json.loads(start().communicate(timeout=120)[0].splitlines()[-1])
+    assert result["status"] == "completed"
+    more[-1] = "run.name=whole"
+    whole = json.loads(start().communicate(timeout=120)[0].splitlines()[-1])
+    assert result["weights_sha256"] == whole["weights_sha256"]
+    assert result["samples"] == whole["samples"]
+    shutil.rmtree(folder)
 
 
 def wait_until(true: Callable[[], bool], seconds: float) -> None:

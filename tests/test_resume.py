@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distgd.audit import audit, read
 from distgd.config import load
 from distgd.errors import BadInput, Interrupted
+from distgd.export import export
 from distgd.result import Result
 from distgd.trainer import launch
 from distgd.weights import fingerprint
@@ -64,7 +67,8 @@ def config(path: Path, mode: str = "sync", **more: Any) -> Any:
 def run(
     path: Path, resume: str = "never", watch: Watch = lambda event: None, mode: str = "sync", **more: Any
 ) -> Result:
-    return launch(config(path, mode, **more), "x", watch, task=Ragged(), resume=resume)
+    task = None if "task" in more else Ragged()
+    return launch(config(path, mode, **more), "x", watch, task=task, resume=resume)
 
 
 FRESH = multiprocessing.get_context("forkserver")  # whose processes are forked from one in which torch has no threads
@@ -277,3 +281,38 @@ def test_no_more_than_keep_are_kept(tmp_path: Path) -> None:
     assert len(left) == 3
     assert max(left) == STEPS
     assert min(left) > 9
+
+
+class TestExport:
+    @pytest.fixture
+    def cut_off(self, tmp_path: Path) -> Path:
+        """A run of a built-in task that was killed at step 10, with the newest checkpoint at step 8 or before."""
+        killed(tmp_path, 10, task="digits", batch={"size": 64, "slots": 4})
+        return tmp_path / "runs/a"
+
+    def test_a_run_that_was_cut_off_has_weights_for_plain_torch(self, cut_off: Path, tmp_path: Path) -> None:
+        which = export(cut_off, tmp_path / "out.safetensors")
+        step = int(re.findall(r"of step (\d+)", which)[0])
+        assert step in (4, 8)
+        (tmp_path / "other").mkdir()
+        given = config(tmp_path / "other", task="digits", batch={"size": 64, "slots": 4}, schedule={"steps": STEPS})
+        stop = given.stop.model_copy(update={"steps": step})
+        expected = launch(given.model_copy(update={"stop": stop}), "x", lambda event: None)
+        assert fingerprint(load_file(tmp_path / "out.safetensors")) == expected.weights_sha256
+
+    def test_of_a_finished_run_they_are_the_last_ones_or_the_best(self, tmp_path: Path) -> None:
+        done = run(tmp_path)
+        assert export(tmp_path / "runs/a", tmp_path / "last") == "the last ones"
+        assert fingerprint(load_file(tmp_path / "last")) == done.weights_sha256
+        assert export(tmp_path / "runs/a", tmp_path / "best", best=True) == "the best evaluation's"
+
+    def test_what_is_there_is_not_written_over(self, tmp_path: Path) -> None:
+        run(tmp_path)
+        (tmp_path / "out").write_text("mine")
+        with pytest.raises(BadInput, match=r"^OUT: expected a file that is not there yet"):
+            export(tmp_path / "runs/a", tmp_path / "out")
+
+    def test_without_a_best_one_it_says_so(self, tmp_path: Path) -> None:
+        run(tmp_path, eval={"best": None})
+        with pytest.raises(BadInput, match=r"^--best: expected best.safetensors"):
+            export(tmp_path / "runs/a", tmp_path / "out", best=True)
