@@ -11,6 +11,7 @@
     watching   memory, files and segments of a command's processes
     pictures   of docs/speed.md
     scaling    the rows of `scripts/prove scaling`
+    faults     the rows of `scripts/prove faults`, with `strike`
 
 A new proof is a module with a `Proof` named `proof`, a line in `proofs.__main__.PROOFS`, and docs/NAME.md with the two
 marks. Rows may use what the tests use: tests/ is on the path.

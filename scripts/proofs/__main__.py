@@ -10,7 +10,7 @@ from pathlib import Path
 
 from proofs.rows import Outcome, Page, Proof
 
-PROOFS = ("train", "speed", "scaling")
+PROOFS = ("train", "speed", "scaling", "faults")
 DOCS = Path(__file__).parents[2] / "docs"
 
 
