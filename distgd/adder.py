@@ -90,6 +90,13 @@ class Adder:
                 self._received[i] = self._allocate(self._slices[i].size, self._dtype)
         return self._send()
 
+    def adopt(self, sent: ev.WeightsSent) -> None:
+        """Have what the host was given by the adder before: a member that comes now may ask for it."""
+        if sent.weights is None or sent.shard not in self._received or sent.version <= self._version(sent.shard):
+            return
+        self._received[sent.shard][:] = sent.weights
+        self._have[sent.shard] = replace(sent, weights=self._received[sent.shard], parts=0)
+
     # Gradients.
 
     def span(self, place: Place) -> tuple[int, int]:

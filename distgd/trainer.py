@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,7 @@ from distgd.report import write_report
 from distgd.resources import by_role
 from distgd.result import Result, summarize
 from distgd.resume import Found, find, finished, in_place, resumed
-from distgd.runfolder import begin, give_back, mend, missing, new_folder, next_timeline, refused_by_disk
+from distgd.runfolder import Start, begin, give_back, mend, missing, new_folder, next_timeline, refused_by_disk
 from distgd.runinfo import describe
 from distgd.saving import Whole
 from distgd.signals import Signals, Terminated, interruptible
@@ -194,11 +194,25 @@ def launch(
             return done
         made = missing(Path(plan.config.run.storage))
         run_dir = new_folder(plan.config, name) if found is None else found.run_dir
-        run = _Run(plan, run_dir, watch, began if began is not None else time.time(), parent, also)
-        run.made = made if found is None else []
+        made = made if found is None else []
+        run = _Run(
+            plan, run_dir, watch, began if began is not None else time.time(), parent, also, _begun(run_dir, made)
+        )
+        run.made = made
         run.found, run.goes_on = found, goes_on
         with interruptible(lambda: run.closing) as run.signals:
             return run.execute(cluster)
+
+
+def _begun(run_dir: Path, made: Sequence[Path]) -> Start:
+    """A start on a run folder; one that nothing can be written to is given back, where it was `made`."""
+    try:
+        return begin(run_dir)
+    except OSError as error:
+        refused = refused_by_disk(error, run_dir)
+        if made:
+            give_back(run_dir, made)
+        raise refused or error from error
 
 
 def _in_active_run(config: Config) -> tuple[Config, str | None]:
@@ -238,12 +252,19 @@ class _Run:
     """The parts of one run and the order in which they begin and end."""
 
     def __init__(
-        self, plan: Plan, run_dir: Path, watch: Watch, began: float, parent: str | None, also: list[Tracker]
+        self,
+        plan: Plan,
+        run_dir: Path,
+        watch: Watch,
+        began: float,
+        parent: str | None,
+        also: list[Tracker],
+        start: Start,
     ) -> None:
         self.signals = Signals(lambda: True)
         self.plan = plan
         self.run_dir = run_dir
-        self.start = begin(run_dir)
+        self.start = start
         self.found: Found | None = None  # the run that goes on
         self.goes_on: Resumed | None = None
         self.made: list[Path] = []  # folders that were made for the run folder

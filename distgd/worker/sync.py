@@ -71,6 +71,8 @@ class Sync:
                     self.worker.rules, self.adds, self.worker.slices, self.worker.layout.dtype, self.worker.allocate
                 )
             effects += self.adder.membership(event)
+            for index in far & self.read.have.keys():
+                self.adder.adopt(self.read.have[index])
         if former not in (-1, self.adds):
             for index in far:
                 self.read.asked.pop(index, None)

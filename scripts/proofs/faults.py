@@ -63,7 +63,7 @@ def alone(folder: Path, steps: int) -> str:
 
 @proof.row("10,000 schedules, none stuck or failed; sync same bits; every sample once in all; each step logged once")
 def simulated(bench: Bench) -> Measured:
-    """Random deaths of workers, shards and the evaluator in virtual time, all modes, with the real trainer and files."""
+    """Random deaths of workers, shards, the evaluator, in virtual time, all modes, with the real trainer and files."""
     schedules, killed, bad = 60 if bench.quick else 1500, Counter[str](), []
     with BLIND:
         whole = test_resume.run(bench.folder / "whole")
