@@ -76,8 +76,8 @@ class Sync:
         if former not in (-1, self.adds):
             for index in far:
                 self.read.asked.pop(index, None)
-            effects += [e for push, total in self.in_flight for e in self._give(replace(push, reads=-1), total)]
             effects += self._ask(self.step + 1) if self.step < self.last else []
+            effects += [e for push, total in self.in_flight for e in self._give(replace(push, reads=-1), total)]
         parked, self._parked = self._parked, []
         return [*effects, *(e for source, message in parked for e in self.handle(source, message))]
 
