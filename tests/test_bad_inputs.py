@@ -263,8 +263,10 @@ def test_ctrl_c_leaves_no_process_and_no_traceback(folder: Path, temporary: Path
         assert run.stdout.readline().startswith("run: ") and run.stdout.readline().startswith("step 1/")
         run.send_signal(number)
         _, err = run.communicate(timeout=60)
-    assert (run.returncode, "Traceback" in err) == (130, False)
-    assert "distgd: interrupted; what was committed so far is in" in err
+    code, word = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (75, "SIGTERM")}[signal.Signals(number)]
+    assert (run.returncode, "Traceback" in err) == (code, False)
+    assert f"distgd: {word}; what was committed so far is in" in err
+    assert "; --resume auto run.name=" in err
     assert contents(temporary) == set()
 
 

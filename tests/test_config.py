@@ -324,8 +324,9 @@ def test_docs_are_what_the_schema_says() -> None:
 def test_every_key_of_a_config_has_a_row_with_its_default() -> None:
     rows = {row.key: row for row in schema_rows() if ".COLUMN." not in row.key}
     flat = load(SMALL).flat()
-    assert rows.keys() == {key.replace("every.epochs", "every") for key in flat}
-    given = {"task.name", "stop.epochs", "eval.every.epochs"}
+    assert rows.keys() == {key.replace("every.epochs", "every").replace("every.seconds", "every") for key in flat}
+    given = {"task.name", "stop.epochs", "eval.every.epochs", "checkpoint.every.seconds"}
+    assert rows["checkpoint.every"].default == '{"seconds": 60.0}'
     shown = {"task.args": "{}", "optimizer.groups": "[]", "tracking.also": "[]", "data.csv.missing": '["", "?"]'}
     assert {key: rows[key].default for key in flat.keys() - given} == {
         key: shown.get(key, json.dumps(flat[key])) for key in flat.keys() - given
