@@ -226,7 +226,8 @@ def test_a_signal_ends_the_comparison_and_the_page_says_how_far_it_came(tmp_path
         run_comparison(plan_comparison(given, modes="sync,bounded,async"), begin)
     folder = tmp_path / "runs" / "here"
     written = json.loads((folder / "report" / "comparison.json").read_text())
-    assert [row["status"] for row in written["rows"]] == ["completed", "interrupted"]
+    ended = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}[signal.Signals(number)]
+    assert [row["status"] for row in written["rows"]] == ["completed", ended]
     assert "Not run yet: async" in (folder / "report" / "index.html").read_text(encoding="utf-8")
     assert not (folder / "async").exists()
     assert signal.getsignal(number) == handler

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ FRESH.set_forkserver_preload(["distgd.trainer"])
 def live(path: Path, step: int, mode: str, resume: str, more: dict[str, Any]) -> None:
     def die(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] >= step:
+            while "tracking" in more and not (path / "runs/a/mlflow.json").exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     run(path, resume, die, mode, **more)
@@ -281,6 +284,32 @@ def test_no_more_than_keep_are_kept(tmp_path: Path) -> None:
     assert len(left) == 3
     assert max(left) == STEPS
     assert min(left) > 9
+
+
+@pytest.mark.parametrize("step", [2, 13])
+def test_in_mlflow_it_is_one_run_with_each_step_once(tmp_path: Path, step: int) -> None:
+    """A kill comes before the last steps are written there; they follow when the run goes on."""
+    from mlflow import MlflowClient
+
+    tracking = {"uri": f"sqlite:///{tmp_path}/m.db"}
+    killed(tmp_path, step, tracking=tracking)
+    done = run(tmp_path, "auto", tracking=tracking)
+    client = MlflowClient(tracking["uri"])
+    (only,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert only.info.run_id == done.mlflow_run_id
+    assert only.info.status == "FINISHED"
+    for metric, expected in [("train/loss", list(range(1, STEPS + 1))), ("eval/loss", [5, 10, 15, 20, STEPS])]:
+        assert [each.step for each in client.get_metric_history(only.info.run_id, metric)] == expected
+
+
+def test_a_kill_while_mlflow_makes_its_store_leaves_none_that_is_broken(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    tracking = {"uri": f"sqlite:///{tmp_path}/m.db"}
+    (tmp_path / "m.db.part").write_bytes(b"half of one")
+    done = run(tmp_path, tracking=tracking)
+    assert MlflowClient(tracking["uri"]).get_run(str(done.mlflow_run_id)).info.status == "FINISHED"
+    assert not (tmp_path / "m.db.part").exists()
 
 
 class TestExport:

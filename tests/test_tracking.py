@@ -172,6 +172,7 @@ def test_a_run_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
     assert (tmp_path / "store/mlruns" / tracker.run_id / "artifacts/report/convergence.png").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "best.safetensors",
+        "mlflow.json",
         "model.safetensors",
         "report",
         "store",

@@ -192,8 +192,8 @@ def _cluster(comparison: Comparison) -> AbstractContextManager[None]:
 
 
 def _status(outcomes: Sequence[Outcome]) -> str:
-    if isinstance(outcomes[-1].error, Interrupted):
-        return Interrupted.status
+    if isinstance(last := outcomes[-1].error, Interrupted):
+        return last.status
     return "completed" if all(each.good for each in outcomes) else "failed"
 
 

@@ -74,7 +74,10 @@ class Store:
         """Find a run that goes on; else make it, and the store and the experiment where they are missing."""
         from mlflow import MlflowClient
 
-        with _alone(sqlite_file(self.uri)):
+        file = sqlite_file(self.uri)
+        with _alone(file):
+            if file is not None and not file.exists():
+                _make(file)
             self._client = MlflowClient(self.uri)
             self._experiment_id = self._experiment()
         if self._found():
@@ -263,6 +266,16 @@ def _alone(file: Path | None) -> Iterator[None]:
         yield
     finally:
         os.close(folder)
+
+
+def _make(file: Path) -> None:
+    """Make the tables of a SQLite store beside its place: a kill in between would leave half of them there for good."""
+    from mlflow import MlflowClient
+
+    part = file.with_name(f"{file.name}.part")
+    part.unlink(missing_ok=True)
+    MlflowClient(f"sqlite:///{part}").search_experiments(max_results=1)
+    part.replace(file)
 
 
 def absolute(uri: str) -> str:
