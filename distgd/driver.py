@@ -529,6 +529,7 @@ class Driver:
         """The last version's checkpoint."""
         if self._saved:
             return self._end()
+        self.saving.end_at(self.assignment.versions(self.steps), self.progress())
         return [] if self.saving.running else self._ask_to_save(self.assignment.versions(self.steps), now)
 
     @property

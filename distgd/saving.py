@@ -79,6 +79,12 @@ class Saving:
         self._progress = {counted: progress()}
         return self.number
 
+    def end_at(self, version: int, progress: Progress) -> None:
+        """The run ends at a version, which is counted: one that was asked for beyond is of that version instead."""
+        if self.running and self.asked > version:
+            self.asked = version
+            self._progress = {version: progress}
+
     def reached(self, version: int, progress: Callable[[], Progress]) -> Whole | None:
         """The driver has counted up to a version (sync); the checkpoint, if that was all that was missing."""
         if not self.running or version < self.asked:

@@ -22,6 +22,7 @@ from distgd.config import load
 from distgd.errors import BadInput, Interrupted
 from distgd.export import export
 from distgd.result import Result
+from distgd.stopping import Stop
 from distgd.trainer import launch
 from distgd.weights import fingerprint
 
@@ -270,6 +271,22 @@ def test_two_drivers_on_one_folder_the_second_is_told(tmp_path: Path) -> None:
 
     run(tmp_path, watch=second)
     assert "expected a run folder that no other driver works on" in told[0]
+
+
+@pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
+@pytest.mark.parametrize("every", [3, 1000])
+def test_a_run_that_ends_early_has_its_last_version(tmp_path: Path, mode: str, every: int) -> None:
+    """A checkpoint that was asked for ahead, beyond the end, is of the last version instead."""
+    end: Watch = lambda event: Stop("enough") if event["event"] == "step" and event["step"] == 7 else None  # noqa: E731
+    given: dict[str, Any] = {"checkpoint": {"every": {"steps": every}}, "schedule": {"steps": STEPS}}
+    ended = run(tmp_path, "auto", end, mode, **given)
+    assert ended.status == "stopped"
+    newest = max((tmp_path / "runs/a/checkpoints").iterdir(), key=lambda path: int(path.name[1:-3]))
+    assert (newest / "manifest.json").exists()
+    assert run(tmp_path, "auto", mode=mode, **given).steps == ended.steps, "it has ended"
+    on = run(tmp_path, "auto", mode=mode, stop={"steps": STEPS - 1}, **given)
+    assert on.steps == STEPS - 1
+    assert audit(read(tmp_path / "runs/a/ledger.jsonl")).clean
 
 
 @pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
