@@ -141,7 +141,8 @@ class Driver:
         self.evaluations = Evaluations(assignment, now)
         self._limit: int | None = None  # the steps that may be committed before the next word
         self._scored = cast.evaluator is None  # whether the last version's evaluation is in
-        self._leaving: DistgdError | None = None  # why the run ends with the next checkpoint
+        self._leaving: DistgdError | None = None  # why the run ends with a checkpoint of what is committed by then
+        self._last_asked = False  # whether that checkpoint has been asked for
         if resumed is not None:
             self._restore(resumed, now)
         self.saving = Saving(
@@ -223,7 +224,7 @@ class Driver:
             case ev.ShardWritten():
                 return self._written(event, now)
             case ev.Limited() if self._leaving is not None:
-                return self._ask_to_save(event.steps, now)
+                return self._save_and_leave(event.steps, now)
             case ev.Limited():
                 return self._ends_at(event.steps, now) if self.ended else []
             case _:
@@ -521,8 +522,8 @@ class Driver:
         return [log, *self._after_saving(now)]
 
     def _after_saving(self, now: float) -> list[Effect]:
-        if self._leaving is not None:
-            return [Finish(self._leaving)]
+        if self._leaving is not None:  # one that was under way before is not the last
+            return [Finish(self._leaving)] if self._last_asked else []
         return self._save_last(now) if self._over else self._save(now)
 
     def _save_last(self, now: float) -> list[Effect]:
@@ -556,7 +557,11 @@ class Driver:
         """Bounded and async: leave once nothing is under way."""
         if self._leaving is None or self._ledger.open:
             return []
-        return self._ask_to_save(self.tally.versions, now)
+        return self._save_and_leave(self.tally.versions, now)
+
+    def _save_and_leave(self, version: int, now: float) -> list[Effect]:
+        self._last_asked = True
+        return self._ask_to_save(version, now)
 
     # The end.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from distgd import events as ev
-from distgd.driver import FINAL, Account, Assignment, Cast, Driver, Finish, Log, Spawn
+from distgd.driver import FINAL, Account, Assignment, Cast, Driver, Finish, Log, Save, Spawn
 from distgd.errors import BadInput, Diverged, ProcessLost, RunFailed
 from distgd.optim import OptimizerSpec, Schedule
 from distgd.sources import Order
@@ -428,3 +429,27 @@ def test_versions_and_steps_are_inverse(order: Order) -> None:
         assignment = Stage(staged=staged, order=order).driver.assignment
         for step in range(7):
             assert assignment.steps_of(assignment.versions(step)) == step
+
+
+def test_who_leaves_waits_for_the_checkpoint_of_all_that_is_committed_and_not_for_one_before() -> None:
+    stage = Stage(steps=9)
+    assignment = replace(stage.driver.assignment, save_steps=2)
+    stage.driver = Driver(ALONE, assignment, 0.0)
+    stage.effects = stage.driver.start(0.0)
+    stage.commit(0)
+
+    def write(version: int) -> list[Any]:
+        (_, ask) = stage.sent(ev.TakeSnapshot)[-1]
+        parts = [ev.ShardWritten(1, ask.number, i, f"v{version}-t1", "f", "0", 1, version, 0, "", "") for i in (0, 1)]
+        return [effect for i, part in enumerate(parts) for effect in stage.give(SHARDS[i], part)]
+
+    assert stage.driver.leave(RunFailed("asked to"), 0.0)
+    stage.commit(1)
+    (before,) = [e for e in [*write(2), *stage.effects] if isinstance(e, Save)][:1]
+    stage.effects += stage.driver.saved(before.whole, 0.0, 0.0)
+    assert not stage.finish()
+    stage.commit(2)
+    stage.give(SHARDS[0], ev.Limited(1, 3))
+    assert stage.sent(ev.TakeSnapshot)[-1][1].version == 3
+    (last,) = [e for e in write(3) if isinstance(e, Save)]
+    assert [type(e) for e in stage.driver.saved(last.whole, 0.0, 0.0)] == [Log, Finish]
