@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from distgd.audit import audit, read
+from distgd.checkpoint import Writing
 from distgd.config import load
 from distgd.errors import BadInput, Interrupted
 from distgd.export import export
@@ -287,6 +288,27 @@ def test_a_run_that_ends_early_has_its_last_version(tmp_path: Path, mode: str, e
     on = run(tmp_path, "auto", mode=mode, stop={"steps": STEPS - 1}, **given)
     assert on.steps == STEPS - 1
     assert audit(read(tmp_path / "runs/a/ledger.jsonl")).clean
+
+
+def test_storage_that_the_driver_does_not_share_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard writes to a disk of its own: the driver sees nothing there."""
+    finish = Writing.finish
+
+    def elsewhere(self: Writing) -> Any:
+        written = finish(self)
+        self._path.unlink()
+        return written
+
+    monkeypatch.setattr(Writing, "finish", elsewhere)
+    seen: list[str] = []
+    with pytest.raises(
+        BadInput, match=r"^run.storage: expected a folder for checkpoints.*though shard \d has written it"
+    ):
+        run(tmp_path, watch=lambda event: seen.append(event["event"]))
+    assert "step" not in seen
+    assert not (tmp_path / "runs").exists(), "the same command, corrected, starts anew"
 
 
 @pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
