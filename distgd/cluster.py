@@ -239,7 +239,7 @@ class RayCluster:
         self._places: dict[int, Place] = {}
         self._gone: deque[tuple[int, Any]] = deque()
         self._coming: dict[Any, tuple[int, Spec, float]] = {}  # the answer that says where a process is -> who, when
-        self._heard: dict[int, float] = {}  # when each heartbeat was heard last; those that have begun
+        self._heard: dict[int, float] = {}  # when each heartbeat was heard last, or is due first
         self._alone = True
         self._looked = 0.0
         self._joined = False

@@ -23,7 +23,6 @@ from distgd.saving import Progress, Saving, Whole
 from distgd.stopping import Stop
 from distgd.tally import Tally
 
-FINAL = ev.FINAL
 FATAL, APART = 3, 2.0
 """So many workers that end with a slot before it is committed end the run; those that are lost within so many seconds
 count as one, as machines go together."""
@@ -457,7 +456,7 @@ class Driver:
     def _evaluated(self, event: ev.Evaluated, now: float) -> list[Effect]:
         self._evaluating = -1
         metrics = {f"eval/{name}": value for name, value in event.metrics.items()} | {"time/eval": 1e3 * event.seconds}
-        step = self.steps if event.number == FINAL else self.assignment.steps_of(event.version)
+        step = self.steps if event.number == ev.FINAL else self.assignment.steps_of(event.version)
         log = Log({**self.tally.event("eval", now, metrics), "step": step, "version": event.version})
         try:
             verdict = self.assignment.judge.evaluated(metrics)
@@ -466,18 +465,18 @@ class Driver:
         scores = {name: value for name, value in metrics.items() if name.startswith("eval/")}
         best = Best(event.number, step, scores) if verdict.best else None
         self.evaluations.evaluated(event.version, best)
-        self._scored = self._scored or event.number == FINAL
+        self._scored = self._scored or event.number == ev.FINAL
         pulls = self._to_shards(ev.SnapshotPulled(self.cast.timeline, event.number)) if best else []
         early = (
             self._end_early(verdict.ends, now, timed=not self.assignment.waits)
-            if verdict.ends and event.number != FINAL
+            if verdict.ends and event.number != ev.FINAL
             else []
         )
         return [log, *pulls, *early, *([] if best else self._after_evaluation(now))]
 
     def _sent(self, part: ev.SnapshotSent, now: float) -> list[Effect]:
         """A shard's part of the last version, or of the best one, or of both."""
-        if part.number == FINAL:
+        if part.number == ev.FINAL:
             self.final[part.shard] = part
         best = self.evaluations.weights(part, len(self.cast.shards))
         return self._end() if best is None else [Keep(best), *self._after_evaluation(now)]
@@ -586,8 +585,8 @@ class Driver:
 
     def _finale(self, now: float) -> list[Effect]:
         """The last version: its weights come here, and it is always evaluated."""
-        last = self._snapshot(FINAL, self.assignment.versions(self.steps))
-        pulled = self._to_shards(ev.SnapshotPulled(self.cast.timeline, FINAL))
+        last = self._snapshot(ev.FINAL, self.assignment.versions(self.steps))
+        pulled = self._to_shards(ev.SnapshotPulled(self.cast.timeline, ev.FINAL))
         return [*last, *pulled, *([] if self.evaluations.running else self._last_score()), *self._save_last(now)]
 
     def _last_score(self) -> list[Effect]:
@@ -596,7 +595,7 @@ class Driver:
             self._scored = True
             return self._end()
         self.evaluations.running = True
-        return self._score(FINAL)
+        return self._score(ev.FINAL)
 
     @property
     def whole(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distgd import events as ev
-from distgd.driver import FINAL, Account, Assignment, Cast, Driver, Finish, Log, Save, Spawn
+from distgd.driver import Account, Assignment, Cast, Driver, Finish, Log, Save, Spawn
 from distgd.errors import BadInput, Diverged, ProcessLost, RunFailed
 from distgd.optim import OptimizerSpec, Schedule
 from distgd.sources import Order
@@ -90,7 +90,7 @@ class Stage:
         return [
             e
             for i, shard in enumerate(SHARDS)
-            for e in self.give(shard, ev.SnapshotSent(1, FINAL, i, 6, weights, None))
+            for e in self.give(shard, ev.SnapshotSent(1, ev.FINAL, i, 6, weights, None))
         ]
 
     def evaluated(self, number: int, version: int) -> list[Any]:
@@ -332,7 +332,7 @@ class TestEvaluation:
         """Versions asked for besides the last, each of shard 0 alone."""
         asked = stage.sent(ev.TakeSnapshot)
         assert {to for to, _ in asked} == {SHARDS[0]}
-        return [m.version for _, m in asked if m.number != FINAL]
+        return [m.version for _, m in asked if m.number != ev.FINAL]
 
     def test_it_is_asked_for_ahead_of_time(self) -> None:
         stage = Stage(cast=CAST, every=2)
@@ -401,8 +401,8 @@ class TestEvaluation:
         stage = Stage(cast=CAST, every=100)
         for step in range(6):
             stage.commit(step)
-        assert [to for to, m in stage.sent(ev.SnapshotPulled) if m.number == FINAL] == list(SHARDS)
-        acts = [stage.deliver_final, lambda: stage.evaluated(FINAL, 6)]
+        assert [to for to, m in stage.sent(ev.SnapshotPulled) if m.number == ev.FINAL] == list(SHARDS)
+        acts = [stage.deliver_final, lambda: stage.evaluated(ev.FINAL, 6)]
         for act in acts if last == "evaluation" else acts[::-1]:
             assert not stage.finish()
             act()

@@ -46,7 +46,7 @@ class Manifest:
         step: whole steps in it. In bounded and async mode some slots of later ones may be in it, too.
         shards: in the order of the layout.
         layout: name, shape and first element of each tensor, and the vector's size and dtype.
-        facts: what has to be the same when the run goes on: samples, batch, slots, seed, mode, the schedule.
+        facts: what has to be the same when the run goes on, beyond its config: how data is cut, sizes, the schedule.
         progress: the driver's counts; its own business.
         config: the resolved config.
         software: versions of what computed it.
