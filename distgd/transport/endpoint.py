@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from distgd.transport import node, tcp
+import distgd.transport.node as node  # not from the package, which imports this module
+import distgd.transport.tcp as tcp
 from distgd.transport.channel import INTRODUCTION, MESSAGE, Channel
 from distgd.transport.proof import STRANGERS, Identity, Introduction, Refused
 from distgd.transport.segments import Array
