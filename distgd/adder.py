@@ -1,9 +1,9 @@
 """One worker of a machine adds the gradients of all of them, so that the machine sends once and receives once.
 
 Only where shards are on other machines, and in sync mode with every slot required. The workers of a machine give their
-pushes for these shards to the one with the lowest incarnation. It adds what the tree adds, so that no bit changes, and
-sends a bucket as soon as every gradient in it is there: its own arrive while autograd is still at work. Weights come
-back bucket by bucket into memory that the whole machine is shown.
+pushes for these shards to the one that came first. It adds what the tree adds, so that no bit changes, and sends a
+bucket as soon as every gradient in it is there: its own arrive while autograd is still at work. Weights come back
+bucket by bucket into memory that the whole machine is shown.
 
 It never writes to what it was given, and keeps nothing that cannot be made again: when it is lost, the others give
 their pushes to its successor, and shards ignore what they have already.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
+from distgd.ledger import Slot
 from distgd.optim import OptimizerSpec, Schedule
 from distgd.policy import Applied
 from distgd.sources import Order
@@ -38,6 +39,14 @@ class Cast:
         evaluator = new if self.evaluator == gone else self.evaluator
         return Cast(self.timeline, swap(self.shards), swap(self.workers), evaluator)
 
+    def without(self, worker: int) -> Cast:
+        """The same without a worker; those behind it move up.
+
+        >>> Cast(1, (1, 2), (3, 4), None).without(3).workers
+        (4,)
+        """
+        return Cast(self.timeline, self.shards, tuple(w for w in self.workers if w != worker), self.evaluator)
+
     def name(self, incarnation: int) -> str:
         """An incarnation as people know it.
 
@@ -56,8 +65,11 @@ class Assignment:
 
     `staged` is sync mode; elsewhere `staleness` is the bound, None in async. Evaluation happens every
     `evaluate_steps` or every `evaluate_seconds`, and at the end; checkpoints are made every `save_steps` or every
-    `save_seconds` and at the end, or, with neither, never. The run may end before `steps`: `seconds` after it
-    began, by the `judge` of its evaluations, or when somebody asks for it.
+    `save_seconds` and at the end, or, with neither, never. So many as `skips` slots, or steps in sync mode, may count
+    without effect where they are not finite, or where their norm is above `norm_ratio` times the running median. So
+    often as `rollbacks` a run that would end for such a slot goes back, and on without the steps up to that one. The
+    run may end before `steps`: `seconds` after it began, by the `judge` of its evaluations, or when somebody asks for
+    it. `record` says that every update is recorded. So many as `workers` compute at least; more may join and leave.
     """
 
     order: Order
@@ -72,6 +84,11 @@ class Assignment:
     judge: Judge = field(default_factory=Judge)
     save_steps: int | None = None
     save_seconds: float | None = None
+    record: bool = False
+    skips: int = 0
+    norm_ratio: float | None = None
+    rollbacks: int = 0
+    workers: int = 1
 
     @property
     def waits(self) -> bool:
@@ -98,12 +115,16 @@ class Assignment:
             return steps * self.order.slots
         return (steps - 1) * self.order.slots + self.order.filled(steps - 1)
 
-    def samples(self, applied: Applied) -> int:
-        """The samples of slots."""
+    def samples(self, applied: Applied, skipped: Collection[Slot] = ()) -> int:
+        """The samples of slots, but for those `skipped`."""
         epochs, rest = divmod(applied.steps, self.order.steps_per_epoch)
         whole = epochs * self.order.samples + min(rest * self.order.batch, self.order.samples)
-        places = (self.order.places(step, slot) for step, slot in applied.beyond)
-        return whole + sum(stop - first for first, stop in places)
+        without = sum(map(self._samples, (slot for slot in skipped if slot in applied)))
+        return whole + sum(map(self._samples, applied.beyond)) - without
+
+    def _samples(self, slot: Slot) -> int:
+        first, stop = self.order.places(*slot)
+        return stop - first
 
     def slots(self) -> Iterator[tuple[int, int]]:
         """Every (step, slot) that holds samples, in order."""

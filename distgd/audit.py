@@ -5,7 +5,9 @@ A ledger is only ever added to. Its lines:
     begin     where samples come from: `samples`, `batch`, `slots`, `mode`; the first line
     applied   slot `slot` of step `step` counted: places `first` to `last` of the epoch's order
     dropped   the same, but its step was decided without it (quorum)
+    skipped   the same, but it counted without effect, as a slot was not finite
     rollback  what was counted from step `step` on is void; what is not done again follows once more
+    bits      from step `step` on the bits are not promised, and why; the first line says whether they ever were
     end       the run went through `step` steps; where it is missing, the run was cut off or goes on
 
 Places are counted and not slots, so that a slot that is cut otherwise than its fellows is found out.
@@ -34,7 +36,7 @@ class Count:
     """Samples of one epoch.
 
     `granted` are those of all steps that the run went through, `twice` the times that one was counted beyond its first,
-    `lost` those that were neither applied nor dropped.
+    `lost` those that were neither applied nor dropped; what was skipped counts as dropped.
     """
 
     epoch: int
@@ -47,12 +49,17 @@ class Count:
 
 @dataclass(frozen=True)
 class Audit:
-    """All epochs; `finished` says that the run has ended and wrote so."""
+    """All epochs; `finished` says that the run has ended and wrote so.
+
+    `bits` is what is promised of them, None where the ledger does not say; `why` is what broke a promise.
+    """
 
     epochs: tuple[Count, ...]
     steps: int
     finished: bool
     rollbacks: int
+    bits: str | None = None
+    why: str | None = None
 
     @property
     def clean(self) -> bool:
@@ -118,6 +125,9 @@ class _History:
         self.whole_steps = True  # whether a step's lines are written at once
         self.end: int | None = None
         self.rollbacks = 0
+        self.planned_bits: str | None = None  # what the first line promises
+        self.bits: str | None = None  # the same, or what the last line says
+        self.marks: list[tuple[int, str, str]] = []  # from which step on it is otherwise, and why
         self.applied: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # by step: slot, first, last
         self.dropped: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
 
@@ -126,19 +136,24 @@ class _History:
             case "begin":
                 self.samples, self.batch = int(line["samples"]), int(line["batch"])
                 self.whole_steps = line["mode"] == "sync"
-            case "applied" | "dropped" as state:
+                self.bits = self.planned_bits = line.get("bits")
+            case "bits":
+                self.marks.append((int(line["step"]), str(line["bits"]), str(line["why"])))
+            case "applied" | "dropped" | "skipped" as state:
                 where = self.applied if state == "applied" else self.dropped
                 where[int(line["step"])].append((int(line["slot"]), int(line["first"]), int(line["last"])))
             case "rollback":
                 self._rollback(int(line["step"]))
             case "end":
                 self.end = int(line["step"])
+                self.bits = line.get("bits", self.bits)
             case other:
                 raise ValueError(f"a state {other!r}")
 
     def _rollback(self, step: int) -> None:
         self.rollbacks += 1
-        self.end = None
+        self.end, self.bits = None, self.planned_bits
+        self.marks = [mark for mark in self.marks if mark[0] < step]
         for where in (self.applied, self.dropped):
             for later in [each for each in where if each >= step]:
                 del where[later]
@@ -151,7 +166,8 @@ class _History:
             self._epoch(epoch, range(first, min(first + epoch_steps, reached)), steps)
             for epoch, first in enumerate(range(0, reached, epoch_steps))
         ]
-        return Audit(tuple(epochs), steps, self.end is not None, self.rollbacks)
+        bits, why = self.marks[0][1:] if self.marks else (self.bits, None)
+        return Audit(tuple(epochs), steps, self.end is not None, self.rollbacks, bits, why)
 
     def _reached(self) -> int:
         """Steps that a run went through which did not say so itself: those without a gap, where slots come singly."""

@@ -138,8 +138,11 @@ def commands() -> None:
 @click.option(
     "--resume", default="never", metavar="never|auto|PATH", help="Go on from the newest checkpoint, or from this one."
 )
+@click.option(
+    "--inject", metavar="FILE", help="Rehearse: inject the faults that FILE lists; short for faults.plan=FILE."
+)
 @as_json
-def train(config: str, overrides: tuple[str, ...], dry_run: bool, resume: str) -> Payload:
+def train(config: str, overrides: tuple[str, ...], dry_run: bool, resume: str, inject: str | None) -> Payload:
     """Train what the file CONFIG says.
 
     Single keys are changed behind it:
@@ -150,6 +153,7 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, resume: str) -
     With --resume auto and run.name=NAME the same command begins the run, goes on with it after whatever ended it, and
     says so when it is finished.
     """  # noqa: D301 - click reads the control character
+    overrides += (f"faults.plan={json.dumps(inject)}",) if inject is not None else ()
     settings, name = _load(config, overrides), Path(config).stem
     _check_temporary_folder()
     return _plan(settings, name) if dry_run else _train(settings, name, resume)
@@ -284,8 +288,35 @@ def _show_audit(found: Audit) -> None:
     )
     again = f"; {found.rollbacks} rollbacks, whose steps count once" if found.rollbacks else ""
     click.echo(f"{end}{again}")
+    if found.bits is not None:
+        click.echo(f"bits {found.bits}" + (f": {found.why}" if found.why else ""))
     told = "no sample was counted twice or lost" if found.clean else "samples were counted twice or lost"
     click.echo(told, err=not found.clean)
+
+
+@commands.command()
+@click.argument("run")
+@as_json
+def replay(run: str) -> Payload:
+    """Make every update of RUN again, in one process, and compare bit for bit.
+
+    RUN is a run folder or a name under runs/. What is compared are its last weights or, where it has not ended by
+    itself, its newest checkpoint. Nothing is written to the folder. The exit code is 1 where a bit differs, and 2 where
+    updates/ or ledger.jsonl do not hold every update. Start it where the run was started: the task is loaded again.
+    """
+    from distgd.replay import replay
+
+    found = replay(_run_folder(run))
+    click.echo(
+        f"{found.mode}: {found.updates:,} updates of shards, {found.gradients:,} slots computed, "
+        f"{found.timelines} timelines, {found.seconds:.1f} s"
+    )
+    if found.weights_sha256 is not None:
+        click.echo(f"run     {found.expected}")
+        click.echo(f"replay  {found.weights_sha256}")
+    told = f"the same bits as {found.compared}" if found.same else f"not the same bits; first of all {found.differs}"
+    click.echo(told, err=not found.same)
+    return found.as_dict()
 
 
 @commands.command()

@@ -10,7 +10,6 @@ Ray gives placement, life and death, and hands the run's secret to its processes
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import pickle
@@ -20,62 +19,31 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from distgd import events as ev
 from distgd import reaper
 from distgd.config import Config
-from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed, users_error
+from distgd.errors import BadInput, DeadlineExceeded, DistgdError, RunFailed
+from distgd.process import SILENCE, SILENT, Process, Spec, endpoint
 from distgd.resources import Resources, by_role, fit
+from distgd.standby import Standbys
 from distgd.transport import Endpoint, Place
-from distgd.transport.segments import Array
-from distgd.wire import Codec
 
 log = logging.getLogger("distgd.cluster")
 
-GLANCE = 0.05  # seconds between two looks at a chore
-HEARTS = 1 << 32  # added to an incarnation it is that of its heartbeat
-BEAT, SILENCE = 0.5, 5.0  # seconds between heartbeats, and without any until a process is taken for lost
 POLL = 0.2  # seconds between two looks at Ray for processes that are gone
+NOTICES = 1.0  # seconds between two looks for machines that are drained
 PATIENCE = 5.0  # seconds that processes get to end by themselves
 MESSAGE_SLACK = 1 << 20  # bytes of a message beside its arrays
 QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-
-
-class Actor(Protocol):
-    """A process's state machine. `perform` does what takes time; its answer, with its `seconds`, goes to `handle`.
-
-    `emit` performs an effect meanwhile.
-    """
-
-    def handle(self, source: int, event: Any) -> list[ev.Effect]: ...
-
-    def perform(self, work: Any, emit: Callable[[ev.Effect], None]) -> Any: ...
-
-
-@runtime_checkable
-class Places(Protocol):
-    """An actor that has places for arrays: see `transport.Endpoint.place`."""
-
-    def place(self, message: Any) -> Array | None: ...
-
-
-class Spec(Protocol):
-    """All that a process is made of; it travels by pickle, through Ray alone."""
-
-    @property
-    def role(self) -> str: ...
-    @property
-    def rules(self) -> Any: ...
-    def build(self, clock: Callable[[], float], allocate: Callable[[int, str], Array]) -> Actor: ...
 
 
 class Cluster(Protocol):
@@ -83,9 +51,9 @@ class Cluster(Protocol):
 
     def now(self) -> float: ...
 
-    def spawn(self, specs: Mapping[int, Spec]) -> None: ...
+    def spawn(self, specs: Mapping[int, Spec], patient: Collection[int] = ()) -> None: ...
 
-    def add(self, incarnation: int, spec: Spec) -> None: ...
+    def add(self, incarnation: int, spec: Spec, *, patient: bool = False) -> None: ...
 
     def end(self, incarnation: int) -> None: ...
 
@@ -98,108 +66,14 @@ class Cluster(Protocol):
     def close(self) -> None: ...
 
 
-class Process:
-    """The event loop of one process: an endpoint, and a state machine once `run` is called."""
-
-    def __init__(
-        self, me: int, role: str, secret: bytes, listen: str, alone: bool, max_bytes: int, path: Sequence[str]
-    ) -> None:
-        sys.path += [folder for folder in path if folder not in sys.path]
-        if role != "server":
-            _give_way()
-        self._me, self._secret = me, secret
-        self._over = threading.Event()
-        self._work: deque[Any] = deque()  # what is to be computed, in order
-        self._chores = ThreadPoolExecutor(1, "chores")  # no thread before there is one
-        self._begun: deque[Future[Any]] = deque()
-        self._endpoint = _endpoint(me, role, secret, max_bytes, listen=listen, alone=alone)
-
-    def whereabouts(self) -> Place:
-        """The Ray node and the addresses that this process listens on."""
-        return Place(_node_id(), self._endpoint.addresses)
-
-    def run(self, spec: Spec, places: Mapping[int, Place]) -> str:
-        """Live until told to end; returns why. An error is sent to the driver before the process ends."""
-        self._endpoint.meet(_node_id(), places)
-        timeline = spec.rules.timeline
-        try:
-            threading.Thread(target=self._beat, args=(_node_id(), places[ev.DRIVER]), daemon=True).start()
-            actor = spec.build(time.monotonic, self._endpoint.allocate)
-            if isinstance(actor, Places):
-                self._endpoint.place = actor.place
-            gc.freeze()  # what was imported and built stays; the collector need not look at it over and over
-            facts = {"pid": str(os.getpid()), "host": socket.gethostname()}
-            self._endpoint.send(ev.DRIVER, ev.ProcessReady(timeline, facts))
-            return self._loop(actor)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever it is, the driver is told
-            kind = type(error).__name__ if isinstance(error, DistgdError) else "RunFailed"
-            self._endpoint.send(ev.DRIVER, ev.ProcessFailed(timeline, kind, _told(error)))
-            return f"failed: {error}"
-        finally:
-            self._over.set()
-            self._endpoint.close()
-
-    def _beat(self, node: str, driver: Place) -> None:
-        """Tell the driver from a thread of its own, over a connection of its own, that this process is not stopped."""
-        endpoint = Endpoint(HEARTS + self._me, "heart", self._secret, Codec(ev.MESSAGES))
-        endpoint.meet(node, {ev.DRIVER: driver})
-        while not self._over.wait(BEAT):
-            endpoint.send(ev.DRIVER, ev.Alive(self._me))
-            endpoint.receive(0.0)
-        endpoint.close()
-
-    def _loop(self, actor: Actor) -> str:
-        while True:
-            arrived = self._endpoint.receive(0.0 if self._work else 1.0 if not self._begun else GLANCE)
-            if arrived is not None and isinstance(arrived[1], ev.Placed):
-                new = arrived[1]
-                self._endpoint.meet(_node_id(), {new.incarnation: Place(new.node, new.addresses)})
-                continue
-            if self._begun and self._begun[0].done():
-                for effect in actor.handle(self._me, self._begun.popleft().result()):
-                    self._do(effect)
-            if arrived is not None:
-                effects = actor.handle(*arrived)
-            elif self._work:
-                began = time.monotonic()
-                done = actor.perform(self._work.popleft(), self._do)
-                effects = actor.handle(self._me, replace(done, seconds=time.monotonic() - began))
-            else:
-                continue
-            for effect in effects:
-                if isinstance(effect, ev.End):
-                    return effect.why
-                self._do(effect)
-
-    def _do(self, effect: ev.Effect) -> None:
-        match effect:
-            case ev.Send(to, message):
-                self._endpoint.send(to, message)
-            case ev.Compute(wanted):
-                self._work.append(wanted)
-            case ev.Update(effects):
-                for each in effects:
-                    self._do(each)
-            case ev.Beside(chore):
-                chore.begin()
-                self._begun.append(self._chores.submit(chore.finish))
+def _named(role: str) -> type[Process]:
+    """So that `ps` and Ray's pages tell who is who."""
+    return type(role.capitalize(), (Process,), {})
 
 
-def _endpoint(me: int, role: str, secret: bytes, max_bytes: int, *, listen: str, alone: bool) -> Endpoint:
-    """This process's endpoint; `alone` says that the run has one machine."""
-    host = None if alone else _node_address()
-    return Endpoint(me, role, secret, Codec(ev.MESSAGES), listen=listen, host=host, max_bytes=max_bytes)
-
-
-def _give_way() -> None:
-    """Do not take the core from who wakes this process, as a server that still has others to wake would wait for it."""
-    if hasattr(os, "sched_setscheduler"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
-def _told(error: BaseException) -> str:
-    return str(error) if isinstance(error, DistgdError) else users_error(error)
+def _life(role: str) -> str:
+    """What Ray writes over a process's command line while it lives."""
+    return f"{role.capitalize()}.run"
 
 
 class RayCluster:
@@ -214,6 +88,7 @@ class RayCluster:
         max_bytes: the largest array in a message between machines.
         rest: seconds that the driver sleeps before it looks for messages again, so that it is not woken by each one
             where nobody waits for its answer.
+        standby: keep an idle process on each machine, which takes over where one is lost.
 
     Raises:
         DeadlineExceeded: not everybody was placed and started in time; says what was asked and what each node has.
@@ -227,6 +102,8 @@ class RayCluster:
         start_seconds: float,
         max_bytes: int,
         rest: float = 0.0,
+        *,
+        standby: bool = False,
     ) -> None:
         self._resources = resources
         self._start_seconds = start_seconds
@@ -237,46 +114,62 @@ class RayCluster:
         self._running: dict[Any, int] = {}  # the call that is a process's life -> incarnation
         self._actors: dict[int, Any] = {}
         self._places: dict[int, Place] = {}
-        self._gone: deque[tuple[int, Any]] = deque()
+        self._gone: deque[tuple[float, tuple[int, Any]]] = deque()  # what was seen here, and when it is to be said
         self._coming: dict[Any, tuple[int, Spec, float]] = {}  # the answer that says where a process is -> who, when
         self._heard: dict[int, float] = {}  # when each heartbeat was heard last, or is due first
-        self._alone = True
+        self._alone, self._node = True, ""
         self._looked = 0.0
         self._joined = False
         self._private: Path | None = None
         self._reaper: subprocess.Popen[bytes] | None = None
         self._endpoint: Endpoint | None = None
+        self._standby = standby
+        self._standbys = Standbys(_Idle(), on=False)
+        self._vacant: dict[int, tuple[str, str]] = {}  # who is gone -> his role and machine, until somebody is there
+        self._roles: dict[int, str] = {}
+        self._drained: frozenset[str] = frozenset()  # machines that are about to be taken away
+        self._noticed = 0.0
+        self._holds: dict[int, Any] = {}  # what Ray sets aside for those who were started without resources
 
     def now(self) -> float:
         """Seconds of a monotonic clock."""
         return time.monotonic()
 
-    def spawn(self, specs: Mapping[int, Spec]) -> None:
-        """Place and start processes by incarnation; each reports that it is ready. Called once."""
+    def spawn(self, specs: Mapping[int, Spec], patient: Collection[int] = ()) -> None:
+        """Place and start processes by incarnation; each reports that it is ready. Called once.
+
+        Args:
+            patient: those that may wait for room as long as it takes; nobody waits for them.
+        """
         import ray
 
         began = self.now()
         if not ray.is_initialized():
             self.connect(sum(self._resources[spec.role].cpus for spec in specs.values()))
-        self._check_gpus(specs)
-        self._check_trial(specs)
-        self._alone = len(_nodes()) == 1
-        self._endpoint = _endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen="all", alone=self._alone)
-        for incarnation, spec in specs.items():
-            self._actors[incarnation] = self._actor(incarnation, spec, alone=self._alone)
-        asked = {actor.whereabouts.remote(): incarnation for incarnation, actor in self._actors.items()}
+        needed = {incarnation: spec for incarnation, spec in specs.items() if incarnation not in patient}
+        self._check_gpus(needed)
+        self._check_trial(needed)
+        self._alone = len(_nodes()) == 1 and (self._private is not None or not patient)  # it may grow by a machine
+        self._node, address = _whereabouts()
+        host = None if self._alone else address
+        self._endpoint = endpoint(ev.DRIVER, "driver", self._secret, self._max_bytes, listen="all", host=host)
+        self._standbys = Standbys(_Idle(), on=self._standby and _may_stand_by())
+        asked = {self._ask(incarnation, spec): incarnation for incarnation, spec in needed.items()}
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=self._start_seconds)
         if late:
             raise self._not_placed([specs[asked[ref]].role for ref in late], self.now() - began)
-        places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: Place(_node_id(), self._endpoint.addresses)}
+        places = {asked[ref]: ray.get(ref) for ref in ready} | {ev.DRIVER: Place(self._node, self._endpoint.addresses)}
         self._places = places
-        self._endpoint.meet(_node_id(), {i: Place(place.node, ()) for i, place in places.items()})
-        for incarnation, spec in specs.items():
+        self._endpoint.meet(self._node, {i: Place(place.node, ()) for i, place in places.items()})
+        for incarnation, spec in needed.items():
             self._run(incarnation, spec)
+        for incarnation in patient:  # behind all others, so that they take nobody's room
+            self.add(incarnation, specs[incarnation], patient=True)
+        self._standbys.settle(self.now())
 
     def _run(self, incarnation: int, spec: Spec) -> None:
         try:
-            life = self._actors[incarnation].run.remote(spec, self._places)
+            life = self._actors[incarnation].run.options(name=_life(spec.role)).remote(spec, self._places)
         except (TypeError, pickle.PicklingError) as error:
             do = "keep locks, files and connections out of the task object, or make them in its methods"
             found = f"the error: {error.__cause__ or error}"  # Ray's own text prints everything that is sent
@@ -284,10 +177,13 @@ class RayCluster:
         self._running[life] = incarnation
         self._heard[incarnation] = self.now() + self._start_seconds - SILENCE  # until its heart beats
 
-    def add(self, incarnation: int, spec: Spec) -> None:
-        """Place and start one more process, which reports when it is ready; returns at once."""
-        self._actors[incarnation] = actor = self._actor(incarnation, spec, alone=self._alone)
-        self._coming[actor.whereabouts.remote()] = incarnation, spec, self.now()
+    def add(self, incarnation: int, spec: Spec, *, patient: bool = False) -> None:
+        """Place and start one more process, which reports when it is ready; returns at once.
+
+        Args:
+            patient: it may wait for room as long as it takes.
+        """
+        self._coming[self._ask(incarnation, spec)] = incarnation, spec, inf if patient else self.now()
 
     def _came(self) -> None:
         """Let processes live that have been placed, and tell all others where they are."""
@@ -299,11 +195,11 @@ class RayCluster:
             try:
                 place = ray.get(ref)
             except Exception as error:  # noqa: BLE001 - Ray raises whatever ended it
-                self._gone.append((incarnation, ev.ProcessLost(incarnation, _first_line(error))))
+                self._lost(incarnation, _first_line(error))
                 continue
             assert self._endpoint is not None
             self._places[incarnation] = place
-            self._endpoint.meet(_node_id(), {incarnation: Place(place.node, ())})
+            self._endpoint.meet(self._node, {incarnation: Place(place.node, ())})
             for other in self._running.values():
                 self._endpoint.send(other, ev.Placed(incarnation, place.node, place.addresses))
             self._run(incarnation, spec)
@@ -312,12 +208,13 @@ class RayCluster:
                 del self._coming[ref]
                 self.end(incarnation)
                 why = f"not there {self._start_seconds:g} s after it was asked for"
-                self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
+                self._lost(incarnation, why)
 
     def end(self, incarnation: int) -> None:
         """Make sure that a process is gone which is taken for lost."""
         import ray
 
+        self._vacate(incarnation)
         actor = self._actors.pop(incarnation, None)
         self._places.pop(incarnation, None)
         self._heard.pop(incarnation, None)
@@ -430,15 +327,42 @@ class RayCluster:
             found = f"{free} beside what runs there already"
             raise BadInput.at("cluster", f"a placement group with room for {wanted}", found, do)
 
-    def _actor(self, incarnation: int, spec: Spec, *, alone: bool) -> Any:
+    def _ask(self, incarnation: int, spec: Spec) -> Any:
+        """Ask for a process, an idle one where one was lost if there is one; the answer will say where it is."""
+        self._roles[incarnation] = spec.role
+        self._actors[incarnation] = actor = self._idle(incarnation, spec) or self._actor(spec)
+        listens = "all" if spec.role == "server" else "near" if spec.role == "worker" and not self._alone else ""
+        return actor.become.remote(incarnation, spec.role, self._secret, listens, self._alone, self._max_bytes)
+
+    def _actor(self, spec: Spec) -> Any:
         import ray
 
         resources = self._resources[spec.role]
-        path = [os.path.abspath(folder) for folder in sys.path]  # what imports here imports there
-        listens = "all" if spec.role == "server" else "near" if spec.role == "worker" and not alone else ""
-        remote = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0)
-        named = type(spec.role.capitalize(), (Process,), {})  # so that `ps` and Ray's pages tell who is who
-        return remote(named).remote(incarnation, spec.role, self._secret, listens, alone, self._max_bytes, path)
+        remote: Any = ray.remote(num_cpus=resources.cpus, num_gpus=resources.gpus, max_restarts=0, max_task_retries=0)
+        return remote(_named(spec.role)).remote(_path(), _whereabouts)
+
+    def _idle(self, incarnation: int, spec: Spec) -> Any | None:
+        """The standby of the machine on which somebody of this role was lost; Ray counts it from now on."""
+        gone = next((i for i, (role, _) in self._vacant.items() if role == spec.role), None)
+        if gone is None:
+            return None
+        node = self._vacant.pop(gone)[1]
+        resources = self._resources[spec.role]
+        fits = not resources.gpus and node not in self._drained  # Ray hides cards from it
+        process = self._standbys.take(node, self.now()) if fits else None
+        if process is None:
+            self._standbys.settle(self.now())
+            return None
+        if resources.cpus:
+            self._holds[incarnation] = _hold(node, resources.cpus)
+        return process.actor
+
+    def _vacate(self, incarnation: int) -> None:
+        """Somebody is gone: remember where he was, and give back what was held for him."""
+        role, place = self._roles.pop(incarnation, None), self._places.get(incarnation)
+        if role is not None and place is not None:
+            self._vacant[incarnation] = role, place.node
+        _let_go(self._holds.pop(incarnation, None))
 
     def _not_placed(self, late: Sequence[str], seconds: float) -> DistgdError:
         asked = ", ".join(f"{r} {w.cpus:g} CPU {w.gpus:g} GPU" for r, w in self._resources.items())
@@ -462,9 +386,11 @@ class RayCluster:
         while True:
             if self.now() >= self._looked + POLL:
                 self._look()
+            if self._gone and self.now() >= self._gone[0][0]:
+                return self._gone.popleft()[1]
             arrived = self._endpoint.receive(0.0 if not self._rested else max(0.0, min(POLL, until - self.now())))
             if arrived is not None and isinstance(arrived[1], ev.Alive):
-                self._heard[arrived[1].incarnation] = self.now()
+                self._beats(arrived[1].incarnation)
                 continue
             if arrived is not None:
                 self._rested = self._rest == 0.0
@@ -474,9 +400,16 @@ class RayCluster:
                 self._rested = True
                 continue
             if self._gone:
-                return self._gone.popleft()
+                return self._gone.popleft()[1]
             if self.now() >= until:
                 return None
+
+    def _beats(self, incarnation: int) -> None:
+        """Somebody lives. Who was taken for lost, and could not be ended, is told."""
+        if incarnation in self._heard:
+            self._heard[incarnation] = self.now()
+        else:
+            self.send(incarnation, ev.Fenced(0))
 
     def _look(self) -> None:
         """See which processes have ended: whatever they sent before has been received or is behind this event."""
@@ -485,18 +418,33 @@ class RayCluster:
         self._listen_to_hearts()
         if self._coming:
             self._came()
+        if self._private is None and self.now() >= self._noticed + NOTICES:
+            self._notice()
+        self._standbys.tend(lambda: {place.node for place in self._places.values()} - self._drained, self.now())
         if not self._running:
             return
         ended, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         for ref in ended:
             incarnation = self._running.pop(ref)
             self._heard.pop(incarnation, None)
+            self._vacate(incarnation)
             try:
                 why = str(ray.get(ref))
             except Exception as error:  # noqa: BLE001 - Ray raises what the process raised
                 cause = getattr(error, "cause", None)
                 why = f"{type(cause).__name__}: {cause}" if cause else _first_line(error)
-            self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
+            self._lost(incarnation, why)
+
+    def _notice(self) -> None:
+        """Say who is on a machine that is drained, again and again: who is moved elsewhere is no longer there."""
+        self._noticed, self._drained = self.now(), _drained()
+        leaving = [incarnation for incarnation, place in self._places.items() if place.node in self._drained]
+        for incarnation in [ev.DRIVER] if ev.DRIVER in leaving else leaving:
+            self._gone.append((self.now(), (ev.DRIVER, ev.Drained(incarnation))))
+
+    def _lost(self, incarnation: int, why: str) -> None:
+        """Say that it is gone behind what it has sent, however much others go on to send."""
+        self._gone.append((self.now() + POLL, (incarnation, ev.ProcessLost(incarnation, why))))
 
     def _listen_to_hearts(self) -> None:
         """Take whoever has been silent for long for lost. While the driver itself did not look, nobody was."""
@@ -506,9 +454,8 @@ class RayCluster:
         for incarnation, heard in list(self._heard.items()):
             self._heard[incarnation] = heard + missed
             if now - heard - missed > SILENCE:
-                why = f"silent for {SILENCE:g} s: it is stopped, or its machine cannot be reached"
                 self.end(incarnation)
-                self._gone.append((incarnation, ev.ProcessLost(incarnation, why)))
+                self._lost(incarnation, SILENT)
 
     def close(self) -> None:
         """End every process of the run, and the cluster where it is private. Safe to call twice, and after errors."""
@@ -517,9 +464,13 @@ class RayCluster:
         if ray.is_initialized():
             with contextlib.suppress(Exception):
                 ray.wait(list(self._running), num_returns=len(self._running), timeout=PATIENCE if self._running else 0)
+            self._standbys.close()
             for actor in self._actors.values():
                 with contextlib.suppress(Exception):
                     ray.kill(actor, no_restart=True)
+            for hold in self._holds.values():
+                _let_go(hold)
+        self._holds.clear()
         self._actors.clear()
         self._running.clear()
         if self._endpoint is not None:
@@ -535,6 +486,74 @@ class RayCluster:
         if self._reaper is not None:
             self._reaper.communicate(reaper.DONE)
             self._reaper = None
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An actor without a role, and its answer whether it stays."""
+
+    actor: Any
+    answer: Any
+
+
+class _Idle:
+    """Standbys as actors that ask Ray for nothing."""
+
+    def begin(self, node: str) -> _Waiting:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
+        remote: Any = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, scheduling_strategy=there)
+        actor = remote(_named("standby")).remote(_path(), _whereabouts)
+        return _Waiting(actor, actor.prepare.remote())
+
+    def stays(self, process: _Waiting) -> bool | None:
+        import ray
+
+        if not ray.wait([process.answer], timeout=0)[0]:
+            return None
+        try:
+            return bool(ray.get(process.answer))
+        except Exception as error:  # noqa: BLE001 - Ray raises whatever ended it
+            log.warning("no standby process: %s", _first_line(error))
+            return False
+
+    def end(self, process: _Waiting) -> None:
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.kill(process.actor, no_restart=True)
+
+
+def _may_stand_by() -> bool:
+    """Not in a placement group, such as a trial's: what is outside of it is not this run's to use."""
+    import ray.util
+
+    return ray.util.get_current_placement_group() is None
+
+
+def _hold(node: str, cpus: float) -> Any:
+    """Have Ray set aside CPUs on a machine, for a process that was started without."""
+    import ray.util
+
+    address = next((n["NodeManagerAddress"] for n in _nodes() if n["NodeID"] == node), None)
+    if address is None:
+        return None
+    return ray.util.placement_group([{"CPU": cpus, f"node:{address}": 0.001}])
+
+
+def _let_go(hold: Any) -> None:
+    if hold is not None:
+        import ray.util
+
+        with contextlib.suppress(Exception):
+            ray.util.remove_placement_group(hold)
+
+
+def _path() -> list[str]:
+    """What imports here imports there."""
+    return [os.path.abspath(folder) for folder in sys.path]
 
 
 @contextlib.contextmanager
@@ -559,7 +578,7 @@ def shared_cluster(configs: Sequence[Config], max_bytes: int) -> Iterator[None]:
 
 
 def _cpus(config: Config) -> float:
-    counts = {"server": config.cluster.servers, "worker": config.cluster.workers, "evaluator": 1}
+    counts = {"server": config.cluster.servers, "worker": config.cluster.workers.max, "evaluator": 1}
     return sum(counts[role] * wanted.cpus for role, wanted in by_role(config).items())
 
 
@@ -584,13 +603,19 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def _node_id() -> str:
-    import ray
+def _drained() -> frozenset[str]:
+    """The nodes that Ray has been told are about to go: by `ray drain-node`, an autoscaler or a spot notice."""
+    try:  # what Ray's own trainer asks; there is no public way
+        from ray._private.state import state
 
-    return str(ray.get_runtime_context().get_node_id())
+        return frozenset(state.get_draining_nodes())
+    except Exception as error:  # noqa: BLE001 - another version of Ray may not have it, and is no worse off for that
+        log.debug("whether machines are drained is not known: %s", error)
+        return frozenset()
 
 
-def _node_address() -> str:
+def _whereabouts() -> tuple[str, str]:
+    """This machine: Ray's id of it, and the address that others reach it by."""
     import ray.util
 
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+    return str(ray.get_runtime_context().get_node_id()), str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -10,9 +10,10 @@ Nothing of this is asked for where everything is computed on the CPU: `Card.of` 
 from __future__ import annotations
 
 import logging
+import os
 import weakref
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,6 +27,27 @@ log = logging.getLogger("distgd.device")
 LEAST = 1 << 16
 """Bytes below which registering costs more than it saves."""
 PORTABLE, READ_ONLY = 1, 8  # cudaHostRegisterPortable: for every context; cudaHostRegisterReadOnly: as it is mapped
+
+
+def be_deterministic() -> None:
+    """Let torch take deterministic algorithms alone, in this process; called before CUDA starts.
+
+    An operation that has none raises torch's own error, which names it.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """Compute with so many of torch's threads; set back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Copies(Protocol):

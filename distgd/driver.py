@@ -8,89 +8,28 @@ mode has them. What it knows is lost with its process; the files that the traine
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from distgd import errors
 from distgd import events as ev
 from distgd.assignment import Assignment, Cast
-from distgd.errors import BadInput, DistgdError, Diverged, ProcessLost, RunFailed
+from distgd.effects import Account, Effect, Finish, Keep, Log, Record, Recover, Refuse, Resumed, Save, Spawn
+from distgd.errors import BadInput, DistgdError, ProcessLost, RunFailed
 from distgd.evaluations import Best, Evaluations
-from distgd.ledger import Ledger, assign
+from distgd.ledger import Ledger, Slot
+from distgd.membership import Membership
+from distgd.norms import Norms
 from distgd.policy import Applied
+from distgd.promise import PROMISED, Promise, Verdict
 from distgd.saving import Progress, Saving, Whole
+from distgd.shares import Speeds
 from distgd.stopping import Stop
+from distgd.suspicion import Blamed, Fatal, Finding, Passed, Suspicions
 from distgd.tally import Tally
 
-FATAL, APART = 3, 2.0
-"""So many workers that end with a slot before it is committed end the run; those that are lost within so many seconds
-count as one, as machines go together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Log:
-    """An event for trackers and the live line."""
-
-    event: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A line of the ledger file."""
-
-    line: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """The weights of the best evaluation so far are here."""
-
-    best: Best
-
-
-@dataclass(frozen=True, slots=True)
-class Save:
-    """Every shard has written its file: make a checkpoint of them, and tell the driver with `saved`."""
-
-    whole: Whole
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Start process `incarnation` of the driver's cast, in the place of one that is gone."""
-
-    incarnation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Recover:
-    """A shard is gone, and with it a part of the weights: all go back to the newest checkpoint."""
-
-    shard: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The run is over: `error` is None where it was completed or stopped."""
-
-    error: DistgdError | None
-
-
-Effect = ev.Send | Log | Account | Keep | Save | Spawn | Recover | Finish
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where a run goes on: at `step`, with what `Driver.progress` gave; `applied` in bounded and async mode.
-
-    `version` is a number that stands for all that is done.
-    """
-
-    step: int
-    version: int
-    progress: Progress
-    applied: Applied | None = None
+LEAD = 1000
+"""Steps that shards may be ahead of the driver (sync): what waits to be told stays below a few MB."""
 
 
 class Driver:
@@ -100,10 +39,7 @@ class Driver:
         nodes: the live incarnations by machine.
         resumed: where the run goes on, None where it begins.
         joining: those of the cast that are not ready yet.
-
-    Attributes:
-        nodes: to be kept true by whoever starts processes.
-        joining: those of the cast that are not ready yet.
+        promise: of the run's bits; without one nobody is looked at.
     """
 
     def __init__(
@@ -114,9 +50,10 @@ class Driver:
         nodes: tuple[tuple[int, ...], ...] = (),
         resumed: Resumed | None = None,
         joining: Collection[int] = (),
+        promise: Promise | None = None,
     ) -> None:
-        self.cast = cast
-        self.nodes = nodes
+        self.promise = promise or Promise(promises=False, strict=False)
+        self.members = Membership(cast, assignment.order, assignment.staged, nodes, joining)
         self.assignment = assignment
         self.tally = Tally(assignment.optimizer, assignment.schedule, now)
         self.final: dict[int, ev.SnapshotSent] = {}  # the last version, by shard
@@ -125,25 +62,27 @@ class Driver:
         self.ended: str | None = None  # why it ends before the planned steps
         self.timed = False  # whether the step at which it ends depends on how fast everybody was
         self.stopped = False  # whether that was asked for from outside
-        self.joining = set(joining)
-        self._deaths: dict[tuple[int, int], tuple[int, float]] = {}  # of workers with a slot: how many, when the last
         self._evaluating = -1  # the snapshot that the evaluator has been asked for last
-        self._live = {ev.DRIVER, *cast.everybody}
-        self._newest = max(self._live)
-        self._generation = 0
         limit = None if assignment.staleness is None else assignment.staleness + 1
         self._accounted = Applied(assignment.order.filled)  # slots that are in the ledger's file (bounded, async)
         self._ledger = Ledger(assignment.slots(), limit)
         self._requests: deque[int] = deque()  # workers that have room for a lease, in the order they asked
         self._gathered: list[tuple[int, ev.LeaseEnded]] = []  # applied slots that do not make a whole step yet
         self._carried = 0  # such slots of an earlier process
+        norms = Norms(assignment.norm_ratio)
+        self.suspicions = Suspicions(
+            assignment.order, self.members, norms, staged=assignment.staged, most=assignment.skips
+        )
         self.evaluations = Evaluations(assignment, now)
-        self._limit: int | None = None  # the steps that may be committed before the next word
+        self._limit: int | None = None  # the steps that shard 0 may commit before the next word
+        self._may = assignment.steps  # the steps that may be committed as far as evaluations go
         self._scored = cast.evaluator is None  # whether the last version's evaluation is in
         self._leaving: DistgdError | None = None  # why the run ends with a checkpoint of what is committed by then
         self._last_asked = False  # whether that checkpoint has been asked for
+        self._moving: int | None = None  # a shard that goes to another machine as soon as there is a checkpoint
         if resumed is not None:
             self._restore(resumed, now)
+        self.speeds = Speeds(self.tally.steps)
         self.saving = Saving(
             assignment.save_steps,
             assignment.save_seconds,
@@ -154,22 +93,34 @@ class Driver:
             now=now,
         )
 
+    @property
+    def cast(self) -> Cast:
+        """Who plays what now."""
+        return self.members.cast
+
     def start(self, now: float) -> list[Effect]:
         """Tell everybody who is who, which sets the workers off."""
         if self._over:  # it had ended when it was cut off
             limit = [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))] if self.assignment.staged else []
             return [*limit, *self._announce(), *self._finale(now)]
-        return [*self._evaluate(now), *self._save(now), *self._announce()]
+        return [*self._void(), *self._evaluate(now), *self._let_lead(), *self._save(now), *self._announce()]
+
+    def _void(self) -> list[Effect]:
+        """After a rollback for a divergence, in sync mode: the steps up to that one count without effect."""
+        if not self.assignment.staged or self.suspicions.void <= self.tally.steps:
+            return []
+        return [ev.Send(self.cast.shards[0], ev.Skip(self.cast.timeline, self.suspicions.void - 1))]
 
     def _restore(self, resumed: Resumed, now: float) -> None:
         progress, assignment = resumed.progress, self.assignment
         self.tally.restore(progress["tally"], now)
         assignment.judge.restore(progress["judge"])
+        self.suspicions.restore(progress["suspicions"])
         if resumed.applied is not None:
             done = resumed.applied
             self.tally.versions = assignment.versions(done.steps) + len(done.beyond)
             self.tally.steps = assignment.steps_of(self.tally.versions)
-            self.tally.samples = assignment.samples(done)
+            self.tally.samples = assignment.samples(done, self.suspicions.without)
             self._carried = self.tally.versions - assignment.versions(self.tally.steps)
             begun = max([done.steps, *(step + 1 for step, _ in done.beyond)])
             slots = (slot for slot in assignment.slots() if slot not in done)
@@ -185,8 +136,13 @@ class Driver:
             return [self._line({"state": "rollback", "step": resumed.step if resumed else 0})]
         step = min(resumed.progress["accounted"], resumed.applied.steps)
         whole = ((t, k) for t in range(step, resumed.applied.steps) for k in range(self.assignment.order.filled(t)))
-        again = [self._account(t, k, "applied") for t, k in (*whole, *resumed.applied.beyond)]
+        again = [self._account(*slot, self._state(slot)) for slot in (*whole, *resumed.applied.beyond)]
         return [self._line({"state": "rollback", "step": step}), *again]
+
+    def marks(self, again: bool) -> list[Account]:
+        """For the ledger at a start: that the bits are not promised, unless its first line says so; `again` if so."""
+        said = self.promise.bits == PROMISED or not (again or self.promise.broken)
+        return [] if said else [self._line(self.promise.line(self.tally.steps))]
 
     def progress(self) -> Progress:
         """All that this one would need to go on from here, for JSON."""
@@ -196,6 +152,7 @@ class Driver:
             "evaluations": self.evaluations.as_dict(self.tally.began),
             "accounted": self._accounted.steps,
             "ended": self.ended if self._over else None,
+            "suspicions": self.suspicions.as_dict(),
         }
 
     def handle(self, source: int, event: Any, now: float) -> list[Effect]:
@@ -203,14 +160,24 @@ class Driver:
         match event:
             case ev.ProcessLost():
                 return self._lost(event, now)
-            case ev.ProcessReady() if source in self.joining:
-                return self._joined(source, now)
+            case ev.Drained():
+                return self._move(event.incarnation, now)
+            case ev.Injected():
+                return [Log(self.tally.event("injected", now, {}, message=event.text))]
+            case ev.ProcessReady() if source in self.members.joining:
+                return self._joined(source, event.facts, now)
             case ev.ProcessFailed():
                 return [Finish(_failure(self.cast.name(source), event))]
-            case _ if event.timeline != self.cast.timeline or source not in self._live:
+            case _ if source not in self.members.live:
+                return [ev.Send(source, ev.Fenced(self.cast.timeline))]
+            case _ if event.timeline != self.cast.timeline:
                 return []
             case ev.StepCommitted():
                 return self._committed(event, now)
+            case ev.Poisoned():
+                return list(self.suspicions.poisoned(event))
+            case ev.Examined():
+                return self._judged(self.suspicions.examined(source, event), now)
             case ev.LeaseRequested():
                 self._requests.append(source)
                 return self._grant(now)
@@ -222,6 +189,8 @@ class Driver:
                 return self._sent(event, now)
             case ev.ShardWritten():
                 return self._written(event, now)
+            case ev.UpdatesRecorded():
+                return self._recorded(event)
             case ev.Limited() if self._leaving is not None:
                 return self._save_and_leave(event.steps, now)
             case ev.Limited():
@@ -238,75 +207,70 @@ class Driver:
 
     # Membership.
 
-    @property
-    def _workers(self) -> list[int]:
-        """Those that compute, in the cast's order."""
-        return [w for w in self.cast.workers if w in self._live and w not in self.joining]
-
     def _announce(self) -> list[Effect]:
-        self._generation += 1
-        several = self.nodes if len(self.nodes) > 1 else ()
-        nodes = tuple(tuple(i for i in node if i in self._live and i != self.cast.evaluator) for node in several)
-        workers = self._workers
-        beside = [i for node in nodes for i in node if i in workers] or workers
-        table = assign(self.assignment.order.slots, beside) if self.assignment.staged else ()
-        live = frozenset(self._live)
-        event = ev.MembershipChanged(self.cast.timeline, self._generation, live, self._newest, table, nodes)
-        return [ev.Send(to, event) for to in sorted(self._live - {ev.DRIVER})]
+        return [*self.members.announce(), *self.suspicions.ask()]
 
     def _lost(self, lost: ev.ProcessLost, now: float) -> list[Effect]:
         gone = lost.incarnation
-        if gone not in self._live:
+        if gone not in self.members.live:
             return []
         why = f"{self.cast.name(gone)} is gone: {lost.why}"
         fault = Log(self.tally.event("fault", now, {}, message=why))
         if gone in self.cast.shards:
             return [fault, Recover(gone) if self.saving.on else Finish(ProcessLost(why))]
-        poisoned = self._count_death(gone, now)
-        if poisoned is not None:
-            return [fault, Finish(poisoned)]
-        self._live.discard(gone)
-        self.joining.discard(gone)
+        return [fault, *self._replace(gone, now)]
+
+    def _move(self, incarnation: int, now: float) -> list[Effect]:
+        """The machine of a process is taken away: it goes to another one, a shard from a new checkpoint on."""
+        shard = incarnation in self.cast.shards
+        if incarnation not in self.members.live or self.ended or self._over or self._leaving is not None:
+            return []
+        if shard and (self._moving is not None or not self.saving.on):
+            return []
+        moved = "is moved: its machine is drained"
+        told = Log(self.tally.event("fault", now, {}, message=f"{self.cast.name(incarnation)} {moved}"))
+        if not shard:
+            return [told, Refuse(incarnation), *self._replace(incarnation, now, blame=False)]
+        self._moving = incarnation
+        return [told, *self._ask_to_save(self.tally.versions, now)]  # one under way may be of a step far ahead
+
+    def _replace(self, gone: int, now: float, *, blame: bool = True) -> list[Effect]:
+        """Another process in the place of a worker or the evaluator; its slots go to others at once.
+
+        Args:
+            blame: whether the slots that it held may be the reason.
+        """
+        leased = [(lease.step, lease.slot) for lease in self._ledger.open.values() if lease.worker == gone]
+        fatal = self.members.died(gone, leased, self.tally.steps, now) if blame else None
+        if fatal is not None:
+            return [Finish(fatal)]
         self._requests = deque(worker for worker in self._requests if worker != gone)
         expired = [lease.number for lease in self._ledger.expire(gone)]
         closing = [effect for number in expired for effect in self._expire(gone, number)]
-        self._newest += 1
-        new = self._newest
-        self.cast = self.cast.replaced(gone, new)
-        self._live.add(new)  # a shard that hears of it first from itself is not to fence it
-        self.joining.add(new)
-        return [fault, *closing, Spawn(new), *self._announce(), *self._grant(now)]
+        new = self.members.replace(gone)
+        enough = new in self.cast.workers and len(self.members.workers) >= self.assignment.workers
+        return [*closing, Spawn(new, enough), *self._announce(), *self._grant(now)]
 
-    def _joined(self, new: int, now: float) -> list[Effect]:
+    def _joined(self, new: int, facts: Mapping[str, str], now: float) -> list[Effect]:
         """A replacement is ready: it gets its share of the slots, or the evaluation that another did not end."""
-        self.joining.discard(new)
-        joined = Log(self.tally.event("joined", now, {}, message=f"{self.cast.name(new)} is there again"))
+        verdict = self.promise.judge(self.cast, {new: facts})
+        told = self.told(verdict, now)
+        if verdict.refused:
+            self.members.refuse(new)
+            nobody = [] if self.cast.workers else [Finish(self.promise.nobody_left(verdict.refused[new]))]
+            return [*told, Refuse(new), *(nobody or self._announce())]
+        if verdict.warning is not None:
+            told.append(self._line(self.promise.line(self.tally.steps)))
+        joined = Log(self.tally.event("joined", now, {}, message=self.members.arrived(new)))
+        begun = ev.Send(new, ev.TimelineBegun(self.cast.timeline, self.cast.shards))  # since it was asked for, perhaps
         again = self._score(self._evaluating) if new == self.cast.evaluator and self._evaluating >= 0 else []
-        return [joined, *self._announce(), *again]
+        return [joined, *told, begun, *self._announce(), *again]
 
-    def _count_death(self, worker: int, now: float) -> DistgdError | None:
-        """Whether a slot has ended too many workers; what it holds is then the likeliest reason."""
-        step = self.tally.steps
-        for old in [slot for slot in self._deaths if slot[0] < step]:
-            del self._deaths[old]
-        had = [(lease.step, lease.slot) for lease in self._ledger.open.values() if lease.worker == worker]
-        if self.assignment.staged and worker in self._workers:
-            table = assign(self.assignment.order.slots, self._workers)
-            had = [(step, slot) for slot, owner in enumerate(table) if owner == worker]
-        for slot in had:
-            count, last = self._deaths.get(slot, (0, -APART))
-            if now - last >= APART:
-                self._deaths[slot] = count + 1, now
-        fatal = next((slot for slot in had if self._deaths[slot][0] >= FATAL), None)
-        if fatal is None:
-            return None
-        places = "places {} to {} of epoch {}".format(
-            *(self.assignment.order.places(*fatal)), self.assignment.order.epoch_of(fatal[0])
-        )
-        return RunFailed(
-            f"step {fatal[0]}, slot {fatal[1]}: expected a worker to survive it, found {FATAL} that did not; look at "
-            f"its samples ({places} in the order) and at the memory that they need"
-        )
+    def told(self, verdict: Verdict, now: float) -> list[Effect]:
+        """What there is to tell of those who have been looked at."""
+        refused = [self.tally.event("fault", now, {}, message=why) for why in verdict.refused.values()]
+        warning = [self.tally.event("warning", now, {}, message=verdict.warning)] if verdict.warning else []
+        return [Log(event) for event in (*refused, *warning)]
 
     def _expire(self, worker: int, lease: int) -> list[Effect]:
         return self._to_shards(ev.LeaseExpired(self.cast.timeline, worker, lease))
@@ -322,11 +286,13 @@ class Driver:
             return []
         busy = {lease.worker for lease in self._ledger.open.values()}
         for worker in sorted(self._requests, key=busy.__contains__):  # those without a slot before those with one
-            lease = self._ledger.grant(worker, now)
+            lease = self._ledger.grant(worker, now, self.suspicions.not_for(worker))
             if lease is None:
-                break
+                continue
             self._requests.remove(worker)
-            granted = ev.LeaseGranted(self.cast.timeline, lease.number, lease.step, lease.slot)
+            skip = self.suspicions.passes((lease.step, lease.slot))
+            limit = self.suspicions.norms.limit
+            granted = ev.LeaseGranted(self.cast.timeline, lease.number, lease.step, lease.slot, skip, limit)
             effects.append(ev.Send(worker, granted))
         return effects
 
@@ -335,16 +301,17 @@ class Driver:
         if self._ledger.end(ended.lease, applied=applied) is None:
             return []
         if not applied:
-            return [*self._expire(source, ended.lease), *self._grant(now), *self._drained(now)]
-        if ended.bad:
-            return [Finish(_diverged(ended.step, (ended.slot,), (ended.stats,)))]
+            closed = self._expire(source, ended.lease)
+            verdict = self.suspicions.withheld(source, ended) if ended.outcome == "poisoned" else None
+            return [*closed, *self._judged(verdict, now), *self._grant(now), *self._drained(now)]
+        quarantined = self._judged(self.suspicions.applied(source, ended), now)
         self.tally.versions += 1
         self.tally.samples += ended.stats.samples
         self.tally.staleness.append(max(ended.staleness))
         self._gathered.append((source, ended))
         self._accounted.add(ended.step, ended.slot)
-        line = self._account(ended.step, ended.slot, "applied")
-        return [line, *self._grant(now), *self._gather(now), *self._drained(now)]
+        line = self._account(ended.step, ended.slot, self._state((ended.step, ended.slot)))
+        return [line, *quarantined, *self._grant(now), *self._gather(now), *self._drained(now)]
 
     def _gather(self, now: float) -> list[Effect]:
         """Each K applied slots, fewer for a short last batch, are a step on the x-axis."""
@@ -363,13 +330,15 @@ class Driver:
     # Steps.
 
     def _committed(self, event: ev.StepCommitted, now: float) -> list[Effect]:
-        if not event.applied:
-            return [Finish(_diverged(event.step, event.bad, event.stats))]
-        dropped = [k for k in range(self.assignment.order.filled(event.step)) if k not in event.slots]
-        lines = [self._account(event.step, s.slot, "applied") for s in event.stats if s.samples]
+        filled = range(self.assignment.order.filled(event.step))
+        dropped = [k for k in filled if k not in event.slots]
+        state = "applied" if event.applied else "skipped"
+        lines = [self._account(event.step, s.slot, state) for s in event.stats if s.samples]
         lines += [self._account(event.step, k, "dropped") for k in dropped]
         self.tally.versions += 1
-        self.tally.samples += sum(s.samples for s in event.stats)
+        if event.applied:
+            self.tally.samples += sum(s.samples for s in event.stats)
+            self.suspicions.norms.observe(event.stats)
         self.tally.dropped += sum(a.line["last"] - a.line["first"] + 1 for a in lines if a.line["state"] == "dropped")
         self.tally.late_slots += event.late
         self.tally.staleness.append(0)
@@ -380,7 +349,50 @@ class Driver:
             extra |= {"quorum/dropped_slots": float(len(dropped)), "quorum/late_slots": float(event.late)}
         known = event.since and self.tally.first_commit is not None
         at = min(now, self.tally.last_commit + event.since) if known else now
-        return [*lines, *self._stepped(list(event.stats), event.times, extra, now, at)]
+        stepped = self._stepped(list(event.stats) if event.applied else [], event.times, extra, now, at)
+        return [*lines, *stepped, *self._share(event, now)]
+
+    def _share(self, event: ev.StepCommitted, now: float) -> list[Effect]:
+        """Now and then, give slow workers fewer slots."""
+        self.speeds.observe(event.stats)
+        if self._over or self.ended:
+            return []
+        better = self.speeds.better(event.step + 1, self.members.table, self.members.workers)
+        if better is None:
+            return []
+        self.members.shares = better
+        told = ", ".join(f"{self.cast.name(worker)} {count}" for worker, count in better.items())
+        log = Log(self.tally.event("shares", now, {}, message=f"slots of a step from here on: {told}"))
+        return [log, *self._announce()]
+
+    def _judged(self, finding: Finding | None, now: float) -> list[Effect]:
+        """On a slot that is not finite, or out of proportion."""
+        match finding:
+            case Fatal(error, step) if step is not None and self.suspicions.rollbacks < self.assignment.rollbacks:
+                return self._go_back(error, step, now)
+            case Fatal(error):
+                return [Finish(error)]
+            case Passed((step, _), message):
+                skip = [ev.Send(self.cast.shards[0], ev.Skip(self.cast.timeline, step))]
+                return [Log(self.tally.event("warning", now, {}, message=message)), *skip[: self.assignment.staged]]
+            case Blamed(worker, why) if not self.assignment.staged:
+                return [Refuse(worker), *self._lost(ev.ProcessLost(worker, f"quarantined, as {why}"), now)]
+            case Blamed(worker, why):
+                why = f"{self.cast.name(worker)} is quarantined: {why}"
+                fault = Log(self.tally.event("fault", now, {}, message=why))
+                do = "keep checkpoints (checkpoint.every), and the run goes on without it"
+                return [fault, Recover(worker) if self.saving.on else Finish(RunFailed(f"{why}; {do}"))]
+        return []
+
+    def _go_back(self, error: DistgdError, step: int, now: float) -> list[Effect]:
+        """The run has diverged at a step: everybody goes back to the last checkpoint, and on behind that step."""
+        if not self.saving.on:
+            return [Finish(error)]
+        self.suspicions.give_up(step)
+        of = f"rollback {self.suspicions.rollbacks} of {self.assignment.rollbacks}"
+        self.promise.give_up(f"{of} at step {step}, as the run diverged: where it went back to depends on time")
+        do = f"all go back to the last checkpoint, and what is left of the steps up to {step} counts without effect"
+        return [Log(self.tally.event("fault", now, {}, message=f"{error}; {of}: {do}")), Recover(None)]
 
     def _stepped(
         self,
@@ -401,7 +413,11 @@ class Driver:
         seconds = self.assignment.seconds
         if seconds is not None and now - self.tally.began >= seconds:
             return [*saved, *self._end_early(f"stop.seconds: {now - self.tally.began:.1f} s since training began", now)]
-        return [*saved, *self._evaluate(now), *self._save(now)]
+        return [*saved, *self._evaluate(now), *self._let_lead(), *self._save(now)]
+
+    def _state(self, slot: Slot) -> str:
+        """What became of a slot that every shard counts (bounded, async)."""
+        return "skipped" if slot in self.suspicions.without else "applied"
 
     def _account(self, step: int, slot: int, state: str) -> Account:
         first, stop = self.assignment.order.places(step, slot)
@@ -413,7 +429,7 @@ class Driver:
                 "state": state,
                 "first": first,
                 "last": stop - 1,
-                "generation": self._generation,
+                "generation": self.members.generation,
                 "shard": "all",
             }
         )
@@ -436,13 +452,27 @@ class Driver:
 
     def _let_go_on(self, steps: int, now: float) -> list[Effect]:
         """Where training waits for evaluations: let `steps` steps be committed and no more, until the next word."""
-        if steps == self._limit or not self.assignment.waits:
+        if steps == self._may or not self.assignment.waits:
             return []
-        self._limit = steps
+        self._may = steps
         if self.assignment.staged:
-            return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, steps))]
+            return self._let_lead()
         self._ledger.steps = steps
         return self._grant(now)
+
+    def _let_lead(self) -> list[Effect]:
+        """Sync: shard 0 may be `LEAD` steps ahead of what is counted here; a driver that is slow is waited for then.
+
+        Elsewhere leases come from here, so that nobody gets ahead.
+        """
+        horizon = min(self._may, self.tally.steps + LEAD)
+        needless = self._limit is None and horizon >= self.steps
+        if not self.assignment.staged or self.ended or self._leaving is not None or needless:
+            return []
+        if self._limit is not None and horizon - self._limit < (1 if horizon == self._may else LEAD // 2):
+            return []
+        self._limit = horizon
+        return [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, horizon))]
 
     def _snapshot(self, number: int, version: int) -> list[Effect]:
         take = ev.TakeSnapshot(self.cast.timeline, number, version)
@@ -504,7 +534,14 @@ class Driver:
         if part.error and part.number == self.saving.number and self.saving.running:
             return self.not_saved(part.error, now)
         whole = self.saving.written(part, self.progress)
-        return [] if whole is None else [Save(whole)]
+        if whole is None or not self.assignment.record:
+            return [] if whole is None else [Save(whole)]
+        self.saving.seal(whole)
+        return self._to_shards(ev.RecordsRequested(self.cast.timeline, whole.number))
+
+    def _recorded(self, updates: ev.UpdatesRecorded) -> list[Effect]:
+        whole = self.saving.recorded(updates.number, updates.shard)
+        return [Record(updates), *([] if whole is None else [Save(whole)])]
 
     def saved(self, whole: Whole, now: float, seconds: float) -> list[Effect]:
         """A checkpoint is real; making it so took the driver so long."""
@@ -515,6 +552,7 @@ class Driver:
     def not_saved(self, why: str, now: float) -> list[Effect]:
         """There will be no such checkpoint: what the disk refused has been said, and training goes on."""
         self.saving.ended(None)
+        self._moving = None  # the next notice asks again
         if self._over:
             self.saving.on = False  # and the run ends without it
         log = Log(self.tally.event("warning", now, {}, message=f"no checkpoint: {why}"))
@@ -523,6 +561,8 @@ class Driver:
     def _after_saving(self, now: float) -> list[Effect]:
         if self._leaving is not None:  # one that was under way before is not the last
             return [Finish(self._leaving)] if self._last_asked else []
+        if self._moving is not None and not self.ended and not self._over:
+            return [Recover(self._moving)]
         return self._save_last(now) if self._over else self._save(now)
 
     def _save_last(self, now: float) -> list[Effect]:
@@ -615,15 +655,3 @@ def _failure(name: str, event: ev.ProcessFailed) -> DistgdError:
     kind = getattr(errors, event.kind, RunFailed)
     error: DistgdError = (kind if kind is BadInput else RunFailed)(f"{name}: {event.message}")
     return error
-
-
-def _diverged(step: int, bad: tuple[int, ...], stats: tuple[ev.SlotStats, ...]) -> Diverged:
-    slots = ", ".join(map(str, bad))
-    do = "lower optimizer.lr, set optimizer.clip.norm, or look at these samples"
-    if step == 0:  # no learning rate has had its part in it
-        do = "look at the loss, the initial weights and these samples"
-    found = {s.slot: f"loss {s.loss}, squared gradient norm {s.squared_norm}" for s in stats}
-    return Diverged(
-        f"step {step}, slot {slots}: expected a finite loss and gradient, found {found.get(bad[0], 'neither')}; "
-        f"{do}; it was not applied"
-    )

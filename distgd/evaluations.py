@@ -24,6 +24,9 @@ class Evaluations:
     """One evaluation at a time, asked for ahead; those that come due meanwhile are skipped and counted.
 
     An evaluation that is the best so far is over once its weights have come, a part from each shard.
+
+    Attributes:
+        wanted: the step of the newest one.
     """
 
     def __init__(self, assignment: Assignment, now: float) -> None:
@@ -36,13 +39,13 @@ class Evaluations:
         self.skipped = 0
         self.version = -1  # that the last one was of
         self.best: Best | None = None
-        self._wanted = 0  # the step of the one that is under way
+        self.wanted = 0
         self._candidate: Best | None = None  # the best one, while its weights are on their way
 
     def as_dict(self, began: float) -> dict[str, Any]:
         """For JSON; one that is under way is still due. Times count from `began`."""
         best = self.best and {"number": self.best.number, "step": self.best.step, "metrics": self.best.metrics}
-        due = self._wanted if self.running else self.due
+        due = self.wanted if self.running else self.due
         return {"due": due if self.by_steps else self.due - began, "by_steps": self.by_steps, "best": best}
 
     def restore(self, seen: Mapping[str, Any], step: int, began: float) -> None:
@@ -67,7 +70,7 @@ class Evaluations:
         if wanted >= self.last:
             return None
         self.due = wanted + self.interval if self.by_steps else now + self.interval
-        self.running, self._wanted = True, wanted
+        self.running, self.wanted = True, wanted
         self.number += 1
         return wanted
 

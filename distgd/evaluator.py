@@ -84,11 +84,13 @@ class Evaluator:
                 {},
             )
             return []
+        if isinstance(event, ev.Fenced):
+            return [ev.End("fenced: replaced by another")]
         if event.timeline != self._timeline:
             return []
         match event:
-            case ev.Stop() | ev.Fenced():
-                return [ev.End("stopped")]
+            case ev.Stop():
+                return [ev.End("stopped by the driver")]
             case ev.StatusRequested():
                 return [ev.Send(source, ev.StatusSent(self._timeline, f"evaluates snapshot {self._number}"))]
             case ev.Evaluate():

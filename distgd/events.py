@@ -11,8 +11,9 @@ Ranges of slots are `first` inclusive, `stop` exclusive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,10 @@ FINAL = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class SlotStats:
-    """One slot's contribution: `loss` is the mean over `weight`, `squared_norm` that of its mean gradient."""
+    """One slot's contribution: `loss` is the mean over `weight`, `squared_norm` that of its mean gradient.
+
+    `worker` is the incarnation that computed it, where that is known.
+    """
 
     slot: int
     samples: int
@@ -36,6 +40,7 @@ class SlotStats:
     loss: float
     squared_norm: float
     seconds: float
+    worker: int = -1
 
 
 # Driver to everybody.
@@ -46,8 +51,8 @@ class MembershipChanged:
     """Who lives, and who computes what. The highest `number` wins; an older one is ignored.
 
     `live` holds every live incarnation and `newest` the highest ever started. `table[k]` is the incarnation that
-    computes slot k (sync only, else empty). `nodes` are the live shards and workers by machine, empty where there is
-    one machine.
+    computes slot k (sync only, else empty). `nodes` are the live shards and workers by machine, those of a machine in
+    the order in which they came; empty where there is one machine.
     """
 
     timeline: int
@@ -64,6 +69,10 @@ class MembershipChanged:
     def beside(self, incarnation: int) -> frozenset[int]:
         """Who is on the machine of `incarnation`, itself among them; all that live where there is one machine."""
         return next((frozenset(node) for node in self.nodes if incarnation in node), self.live)
+
+    def adder(self, incarnation: int, shards: Collection[int]) -> int:
+        """Who adds for the machine of `incarnation`: the worker that came first, so that nobody takes it over."""
+        return next(i for node in self.nodes if incarnation in node for i in node if i not in shards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,21 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
+class Inject:
+    """A fault of the run's plan is due, or begins to count: the one at this place of the plan (`distgd.faults`)."""
+
+    timeline: int
+    fault: int
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """A fault of the run's plan was delivered; from the cluster to the driver, as a loss is."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Alive:
     """A process's heartbeat, from a thread that does not compute; the cluster hears it, nobody else."""
 
@@ -98,13 +122,14 @@ class Load:
     """A shard's state; the first that it is sent. Where the run keeps checkpoints, it writes number 0 of them.
 
     `weights`, [its elements], begin a run; else all is read from the folder `checkpoint`. `version` is what that number
-    0 is called by.
+    0 is called by. `norms` are the squared ones of the slots that were applied last (`distgd.norms`; sync).
     """
 
     timeline: int
     weights: np.ndarray[Any, Any] | None
     checkpoint: str = ""
     version: int = 0
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +186,13 @@ class ProcessLost:
 
     incarnation: int
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Made by the cluster, never sent: the machine of an incarnation is about to go. Said until it is left."""
+
+    incarnation: int
 
 
 # Workers and shards.
@@ -225,6 +257,9 @@ class GradientArrived:
 
     What goes to the worker that adds for its machine is for all shards of other machines: `gradient` is then the whole
     flat vector.
+
+    Under a lease (bounded, async) `versions` are those read from all shards, and `square` is the squared norm of the
+    slot's mean gradient before it was clipped: both are for the record alone.
     """
 
     timeline: int
@@ -242,6 +277,8 @@ class GradientArrived:
     times: dict[int, dict[str, float]] = field(default_factory=dict)
     reads: int = -1
     parts: int = 0
+    versions: tuple[int, ...] = ()
+    square: float = 0.0
 
     def without_facts(self) -> GradientArrived:
         """Without what only shard 0 records."""
@@ -278,7 +315,7 @@ class PushAnswered:
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """The receiver is not among the living any more and ends."""
+    """The receiver is not among the living any more and ends, whatever timeline it is in."""
 
     timeline: int
 
@@ -377,6 +414,49 @@ class Limited:
 
 
 @dataclass(frozen=True, slots=True)
+class Poisoned:
+    """Sync: shard 0 holds back a step, as slots of it are not finite, or out of proportion.
+
+    `stats` are those of the `bad` slots.
+    """
+
+    timeline: int
+    step: int
+    bad: tuple[int, ...]
+    stats: tuple[SlotStats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Examine:
+    """Sync, to a worker: compute a slot of a step that is held back, and push nothing."""
+
+    timeline: int
+    step: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What came of it."""
+
+    timeline: int
+    step: int
+    bad: bool
+    stats: SlotStats
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Sync, to shard 0: a step that is held back counts as a version and changes nothing.
+
+    Of one that is not held back it says so ahead of time, and of all before it.
+    """
+
+    timeline: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class TakeSnapshot:
     """Copy the first version that is at least `version` (the last at most). Sync: sent to shard 0 alone.
 
@@ -408,6 +488,30 @@ class ShardWritten:
     error: str
 
 
+# The record of updates (bounded, async): shards and the driver.
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatesRecorded:
+    """What a shard has applied since it said so last: rows of `recording.row`, as bytes.
+
+    `number` is that of the `RecordsRequested` which it answers, 0 where nobody asked.
+    """
+
+    timeline: int
+    shard: int
+    number: int
+    rows: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RecordsRequested:
+    """Send the record of all that is applied by now; checkpoint `number` waits for it."""
+
+    timeline: int
+    number: int
+
+
 # Leases (bounded, async): workers and the driver.
 
 
@@ -420,17 +524,25 @@ class LeaseRequested:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGranted:
-    """Compute slot `slot` of step `step`."""
+    """Compute slot `slot` of step `step`; or, with `skip`, push that it is to count without effect.
+
+    A gradient whose squared norm is above `limit` is not to be pushed.
+    """
 
     timeline: int
     lease: int
     step: int
     slot: int
+    skip: bool = False
+    limit: float = inf
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnded:
-    """Every shard has answered. `outcome` is applied, or gone where a shard refused; `staleness` is by shard."""
+    """Every shard has answered: `outcome` is applied, or gone where a shard refused; `staleness` is by shard.
+
+    Or nothing was pushed, as the gradient is `poisoned`: not finite, or above the lease's limit.
+    """
 
     timeline: int
     lease: int
@@ -490,6 +602,7 @@ MESSAGES: tuple[type, ...] = (
     MembershipChanged,
     TimelineBegun,
     Placed,
+    Inject,
     Alive,
     Load,
     Loaded,
@@ -512,8 +625,14 @@ MESSAGES: tuple[type, ...] = (
     LeaseExpired,
     Limit,
     Limited,
+    Poisoned,
+    Examine,
+    Examined,
+    Skip,
     TakeSnapshot,
     ShardWritten,
+    UpdatesRecorded,
+    RecordsRequested,
     LeaseRequested,
     LeaseGranted,
     LeaseEnded,
@@ -548,6 +667,14 @@ class End:
     """The process is done."""
 
     why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """Be killed, or be stopped for so many seconds, for good with None: a fault of the run's plan (`distgd.faults`)."""
+
+    what: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -617,4 +744,4 @@ class Beside:
     chore: Chore
 
 
-Effect = Send | Compute | End | Update | Store | Beside
+Effect = Send | Compute | End | Update | Store | Beside | Strike

@@ -7,13 +7,14 @@ import shutil
 from pathlib import Path
 
 from distgd import weights
-from distgd.checkpoint import Checkpoint, newest, restore
-from distgd.config import load
+from distgd.checkpoint import Checkpoint, Checkpoints
+from distgd.config import Config, load
 from distgd.errors import BadInput, RunFailed
 from distgd.layout import state
 from distgd.prepare import prepare
 from distgd.result import reached
 from distgd.runfolder import identity
+from distgd.runstore import place
 
 
 def export(run_dir: Path, out: Path, *, best: bool = False) -> str:
@@ -38,28 +39,30 @@ def export(run_dir: Path, out: Path, *, best: bool = False) -> str:
     if best or (kept.exists() and reached(run_dir) is not None):
         shutil.copyfile(kept, out)
         return "the best evaluation's" if best else "the last ones"
-    found = _newest(run_dir)
-    _write(found, run_dir, out)
+    config = load(run_dir / "config.yaml", [], os.environ)
+    there, found = _newest(config, run_dir)
+    _write(there, found, config, out)
     return f"of step {found.manifest.step}, by checkpoint {found.folder.name}"
 
 
-def _newest(run_dir: Path) -> Checkpoint:
+def _newest(config: Config, run_dir: Path) -> tuple[Checkpoints, Checkpoint]:
     damaged: list[str] = []
     run = identity(run_dir)
-    found = newest(run_dir / "checkpoints", run, damaged) if run is not None else None
+    there = Checkpoints(place(config, run_dir))
+    found = there.newest(run, damaged) if run is not None else None
     if found is None and damaged:
         raise RunFailed("; ".join(damaged))
     if found is None:
         do = "wait for the first one"
         raise BadInput.described("RUN", "a run with a checkpoint or with its last weights", str(run_dir), do)
-    return found
+    return there, found
 
 
-def _write(found: Checkpoint, run_dir: Path, out: Path) -> None:
+def _write(there: Checkpoints, found: Checkpoint, config: Config, out: Path) -> None:
     """The task builds the model, whose buffers and frozen parameters have names and shapes that it alone knows."""
-    plan = prepare(load(run_dir / "config.yaml", [], os.environ))
+    plan = prepare(config)
     replica, slices = plan.replica, plan.layout.slices(1)
-    there = restore(found.folder, slices[0], plan.layout)
-    replica.install(slices, {0: there.state.weights}, there.state.buffers)
+    state_there = there.restore(found.folder.name, slices[0], plan.layout).state
+    replica.install(slices, {0: state_there.weights}, state_there.buffers)
     replica.buffer_layout.unpack(replica.buffers, replica.model)
     weights.save(state(replica.model), out)

@@ -7,16 +7,14 @@ network nothing is known before a cluster is asked.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from typing import Any
 
 import numpy as np
-import torch
 
 from distgd import cost, machine
+from distgd.device import threads_of
 from distgd.plan import Plan, in_bytes
 from distgd.reduce import maximal
 
@@ -102,7 +100,7 @@ def forecast(plan: Plan) -> Forecast:
     here = machine.measure()
     own, slots = plan.own_slots(), plan.order.slots
     state = plan.state_vectors()
-    nodes = (cost.Node(plan.config.cluster.workers, plan.config.cluster.servers),)
+    nodes = (cost.Node(plan.config.cluster.workers.max, plan.config.cluster.servers),)
     job = cost.Job(
         size=plan.layout.size,
         itemsize=plan.layout.itemsize,
@@ -149,7 +147,7 @@ def slot_seconds(plan: Plan) -> float:
     size = min(2 * out.nbytes, DISPLACED // 2)
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)
     found: list[float] = []
-    with _threads(plan.config.cluster.threads):
+    with threads_of(plan.config.cluster.threads):
         ends = time.perf_counter() + SECONDS
         while not found or (time.perf_counter() < ends and len(found) < MOST_SLOTS):
             np.copyto(target, source)
@@ -158,16 +156,6 @@ def slot_seconds(plan: Plan) -> float:
             found.append(time.perf_counter() - began)
     plan.replica.forget()
     return sorted(found)[ceil(len(found) / 4) - 1]
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _ms(seconds: float) -> str:

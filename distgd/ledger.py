@@ -11,7 +11,7 @@ Time is an argument; what a sample is, nobody knows here.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 NOBODY = -1
@@ -52,11 +52,19 @@ class Ledger:
         self.open: dict[int, Lease] = {}  # by number; what is under way
         self.applied = 0
 
-    def grant(self, worker: int, now: float) -> Lease | None:
-        """Lease the next slot to `worker`; None where the limit is reached or no slot is left to grant."""
+    def grant(self, worker: int, now: float, avoid: Collection[Slot] = ()) -> Lease | None:
+        """Lease the next slot to `worker`; None where the limit is reached or no slot is left to grant.
+
+        Args:
+            avoid: slots that are for others.
+        """
         if self.limit is not None and len(self.open) >= self.limit:
             return None
-        slot = self._again.popleft() if self._again else self._take()
+        slot = next((again for again in self._again if again not in avoid), None)
+        if slot is not None:
+            self._again.remove(slot)
+        else:
+            slot = self._take()
         if slot is None:
             return None
         self._number += 1
@@ -90,13 +98,20 @@ class Ledger:
         return gone
 
 
-def assign(slots: int, workers: list[int]) -> tuple[int, ...]:
+def assign(slots: int, workers: list[int], shares: Mapping[int, int] | None = None) -> tuple[int, ...]:
     """Sync: which worker computes slot k, in runs of neighbors so that a worker owns few, large subtrees.
+
+    Args:
+        shares: how many slots each worker gets, `slots` in all; None for as many each.
 
     >>> assign(5, [11, 12])
     (11, 11, 11, 12, 12)
+    >>> assign(5, [11, 12], {11: 1, 12: 4})
+    (11, 12, 12, 12, 12)
     """
     if not workers:
         return (NOBODY,) * slots
+    if shares is not None:
+        return tuple(w for w in workers for _ in range(shares[w]))
     share, extra = divmod(slots, len(workers))
     return tuple(w for i, w in enumerate(workers) for _ in range(share + (i < extra)))

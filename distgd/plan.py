@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distgd.assignment import Assignment, Cast
-from distgd.config import Config, Every
+from distgd.config import Config, Every, Workers
 from distgd.evaluator import EvaluatorSpec
 from distgd.events import Load
+from distgd.faults import FaultPlan
 from distgd.layout import Layout
 from distgd.ledger import assign
 from distgd.optim import (
@@ -24,6 +24,7 @@ from distgd.optim import (
     PieceOptimizer,
     Schedule,
 )
+from distgd.promise import NOT_PROMISED, PROMISED
 from distgd.reduce import maximal
 from distgd.replica import Blueprint, Replica
 from distgd.rules import ShardRules
@@ -35,6 +36,7 @@ from distgd.worker import TaskSource, WorkerSpec
 
 EVAL_BATCH = 256  # samples per forward pass of an evaluation, at least
 ENDLESS = 1 << 40
+ROLLBACKS = 3  # so often a run goes back that diverges; one that does so again has another reason than a few samples
 """Steps of a run that no number of steps or epochs ends: more than any run commits."""
 
 
@@ -58,6 +60,7 @@ class Plan:
     held_out: Blueprint | None
     example: Tensor | None
     warnings: tuple[str, ...]
+    faults: FaultPlan | None = None
 
     @property
     def layout(self) -> Layout:
@@ -74,12 +77,17 @@ class Plan:
         return self.config.consistency.quorum or self.order.slots
 
     @property
+    def records(self) -> bool:
+        """Whether every update is recorded; in sync mode the ledger says all that there is to say."""
+        return not self.staged and self.config.checkpoint.record
+
+    @property
     def bits(self) -> str:
         """Whether the weights are a pure function of config, seed and data on one kind of CPU."""
         whole = self.staged and self.quorum == self.order.slots and self.config.transport.dtype == "model"
         cluster = self.config.cluster
         on_cpu = cluster.compute_device == cluster.server_device == "cpu"
-        return "promised" if whole and on_cpu else "not promised"
+        return PROMISED if whole and on_cpu else NOT_PROMISED
 
     @property
     def model_name(self) -> str:
@@ -109,13 +117,17 @@ class Plan:
         """Incarnations in the order: driver 0, shards, workers, evaluator."""
         cluster = self.config.cluster
         first_worker = 1 + cluster.servers
-        after = first_worker + cluster.workers
+        after = first_worker + cluster.workers.max
         return Cast(
             timeline,
             tuple(range(1, first_worker)),
             tuple(range(first_worker, after)),
             after if self.held_out is not None else None,
         )
+
+    def patient(self, cast: Cast) -> tuple[int, ...]:
+        """The workers that the start does not wait for."""
+        return cast.workers[self.config.cluster.workers.min :]
 
     def assignment(self) -> Assignment:
         """What the driver is to bring about."""
@@ -133,10 +145,15 @@ class Plan:
             Judge.of(self.config.stop, self.config.eval.best),
             self.every_steps(saves) if saves else None,
             saves.seconds if saves else None,
+            self.records,
+            self.config.consistency.max_skips if self.config.consistency.on_poison == "skip" else 0,
+            self.config.consistency.max_grad_norm_ratio,
+            ROLLBACKS if self.config.consistency.on_divergence == "rollback" else 0,
+            self.config.cluster.workers.min,
         )
 
-    def specs(self, cast: Cast, checkpoints: Path | None = None) -> dict[int, ServerSpec | WorkerSpec | EvaluatorSpec]:
-        """Every process by incarnation, shards first; checkpoints, where there are to be any, go to that folder."""
+    def specs(self, cast: Cast, checkpoints: str | None = None) -> dict[int, ServerSpec | WorkerSpec | EvaluatorSpec]:
+        """Every process by incarnation, shards first; checkpoints, where any are kept, go to that folder or URI."""
         config, consistency = self.config, self.config.consistency
         clip = config.optimizer.clip
         rules = ShardRules(
@@ -148,11 +165,15 @@ class Plan:
             clip=clip.norm if self.staged else None,
             scale_lr=consistency.scale_lr,
             dtype=config.transport.dtype,
+            record=self.records,
+            norm_ratio=consistency.max_grad_norm_ratio if self.staged else None,
         )
         limits = [limit for limit in (clip.slot_norm, None if self.staged else clip.norm) if limit is not None]
         slices = self.layout.slices(len(cast.shards))
         frozen = self.replica.frozen()
         blueprint = self.replica.blueprint(self.source)
+        strict = config.run.bits == "strict"
+        looks = strict or self.bits == PROMISED  # whether canaries are of use
         specs: dict[int, ServerSpec | WorkerSpec | EvaluatorSpec] = {}
         for part, incarnation in zip(slices, cast.shards, strict=True):
             buffers = self.replica.buffers.copy() if part.index == 0 else None
@@ -168,7 +189,9 @@ class Plan:
                 self.order,
                 config.cluster.server_device,
                 self.layout,
-                None if checkpoints is None else str(checkpoints),
+                checkpoints,
+                looks,
+                strict and config.cluster.server_device == "cuda",
             )
         for incarnation in cast.workers:
             specs[incarnation] = WorkerSpec(
@@ -184,15 +207,23 @@ class Plan:
                 config.cluster.compute_device,
                 config.cluster.threads,
                 self.quorum,
+                looks,
+                strict and config.cluster.compute_device == "cuda",
             )
         if cast.evaluator is not None and self.held_out is not None:
             specs[cast.evaluator] = self._evaluator(cast.evaluator, rules, self.held_out)
         return specs
 
-    def loads(self, cast: Cast, checkpoint: Path | None = None, version: int = 0) -> dict[int, Load]:
-        """What each shard begins with, by incarnation: a checkpoint, or the initial weights, as views of the plan's."""
+    def loads(
+        self, cast: Cast, checkpoint: str | None = None, version: int = 0, norms: Sequence[float] = ()
+    ) -> dict[int, Load]:
+        """What each shard begins with, by incarnation: a checkpoint, or the initial weights, as views of the plan's.
+
+        Args:
+            norms: of the slots that were applied last before the checkpoint, squared.
+        """
         if checkpoint is not None:
-            return {shard: Load(cast.timeline, None, str(checkpoint), version) for shard in cast.shards}
+            return {shard: Load(cast.timeline, None, checkpoint, version, tuple(norms)) for shard in cast.shards}
         flat = self.replica.flat.cpu().numpy()
         slices = zip(self.layout.slices(len(cast.shards)), cast.shards, strict=True)
         return {shard: Load(cast.timeline, flat[part.start : part.stop]) for part, shard in slices}
@@ -222,7 +253,7 @@ class Plan:
         slots = "batch.slots" if c.batch.slots else "batch.slots (unset, so one a worker)"
         return (
             f"{self.name}: {self.model_name}, {self.layout.count:,} parameters, {mode}{how}, "
-            f"{many(c.cluster.workers, 'worker')}, {many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
+            f"{_workers(c.cluster.workers)}, {many(c.cluster.servers, 'server')}, {slots} {self.order.slots}, "
             f"{self._length()} of {self.order.batch} samples"
         )
 
@@ -253,12 +284,12 @@ class Plan:
             "slots": self.order.slots,
             "steps_per_epoch": self.order.steps_per_epoch,
             "steps": self.planned_steps,
-            "workers": self.config.cluster.workers,
+            "workers": self.config.cluster.workers.max,
             "servers": self.config.cluster.servers,
             "shard_elements": [part.size for part in self.layout.slices(self.config.cluster.servers)],
             "bits": self.bits,
             "bytes_pushed_per_step": pushes * state,
-            "bytes_pulled_per_step": (self.config.cluster.workers if self.staged else self.order.slots) * state,
+            "bytes_pulled_per_step": (self.config.cluster.workers.max if self.staged else self.order.slots) * state,
             "bytes_worker": (2 + max(map(self.gradients_held, self.own_slots()))) * state,
             "bytes_shard": (3 + (0 if on_card else copies) + self._gradients_staged()) * shard,
             "bytes_shard_card": (1 + copies) * shard if on_card else 0,
@@ -267,8 +298,8 @@ class Plan:
 
     def own_slots(self) -> Sequence[Sequence[int]]:
         """The slots of each worker under the first table."""
-        table = assign(self.order.slots, list(range(self.config.cluster.workers)))
-        return [[k for k, w in enumerate(table) if w == worker] for worker in range(self.config.cluster.workers)]
+        table = assign(self.order.slots, list(range(self.config.cluster.workers.max)))
+        return [[k for k, w in enumerate(table) if w == worker] for worker in range(self.config.cluster.workers.max)]
 
     def _pushes(self) -> int:
         if not self.staged or self.quorum < self.order.slots:
@@ -308,6 +339,10 @@ class Plan:
             *card,
             f"same bits   {d['bits']}",
         ]
+
+
+def _workers(workers: Workers) -> str:
+    return f"{workers} workers" if workers.max > 1 else "1 worker"
 
 
 def in_bytes(count: int) -> str:

@@ -86,7 +86,19 @@ class Limited:
     steps: int
 
 
-Event = Arrived | Opened | Closed | Filled | Decided | Withdrawn | Survived | Limited
+@dataclass(frozen=True, slots=True)
+class Made:
+    """The update that was let through is in the weights (bounded, async)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A step that is held back is to count without effect; or, ahead of time, it and all before it (shard 0)."""
+
+    step: int
+
+
+Event = Skipped | Arrived | Opened | Closed | Filled | Decided | Withdrawn | Survived | Limited | Made
 
 # Decisions.
 
@@ -127,12 +139,21 @@ class Propose:
 
 @dataclass(frozen=True, slots=True)
 class Decide:
-    """Every shard holds these slots: this is the step. `apply` is False where one of them is not finite."""
+    """Every shard holds these slots: this is the step. `apply` is False where it is skipped for `bad` ones."""
 
     step: int
     slots: frozenset[int]
     bad: frozenset[int]
     apply: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """Every shard holds these slots, of which some are not finite: the step is held back until somebody judges it."""
+
+    step: int
+    slots: frozenset[int]
+    bad: frozenset[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +181,7 @@ class Limit:
     steps: int
 
 
-Decision = Hold | Drop | Report | Propose | Decide | ApplyStep | ApplyPush | Limit
+Decision = Hold | Drop | Report | Propose | Suspect | Decide | ApplyStep | ApplyPush | Limit
 
 
 class Policy(Protocol):
@@ -200,6 +221,7 @@ class Staged:
         self.shards = shards
         self.measure = measure
         self.limit: int | None = None
+        self.void = 0  # steps before this one count without effect (shard 0)
         self._clear(attempt=0)
 
     applied = None  # the version says it
@@ -213,6 +235,7 @@ class Staged:
         self.filled: dict[int, Filled] = {}  # shard 0: the last report of each shard, of this step and attempt
         self.proposal: frozenset[int] | None = None  # shard 0: the slots whose norm was asked for
         self.measured: set[int] = set()  # shard 0: who has answered with that norm
+        self.suspect: Suspect | None = None  # shard 0: what is held back
         self.decision: Decided | None = None  # the decision for this step, once it is known
 
     def handle(self, event: Event) -> list[Decision]:
@@ -227,8 +250,16 @@ class Staged:
                 return self._withdrawn(event)
             case Limited():
                 return self._limited(event)
+            case Skipped():
+                return self._skipped(event)
             case _:
                 return []
+
+    def _skipped(self, event: Skipped) -> list[Decision]:
+        if event.step == self.version and self.suspect is not None and self.decision is None:
+            return [Decide(self.version, self.suspect.slots, self.suspect.bad, apply=False)]
+        self.void = max(self.void, event.step + 1)
+        return []
 
     @property
     def held(self) -> frozenset[int]:
@@ -266,7 +297,7 @@ class Staged:
         return sum(k < filled for k in slots) >= min(self.quorum, filled)
 
     def _filled(self, report: Filled) -> list[Decision]:
-        if report.step != self.version or report.attempt != self.attempt or self.decision:
+        if report.step != self.version or report.attempt != self.attempt or self.decision or self.suspect:
             return []
         if self.proposal is None:
             before = self.filled.get(report.shard)
@@ -278,7 +309,7 @@ class Staged:
         return self._decide(self.proposal) if len(self.measured) == self.shards else []
 
     def _limited(self, limited: Limited) -> list[Decision]:
-        under_way = self.decision is not None or self.proposal is not None
+        under_way = any(each is not None for each in (self.decision, self.proposal, self.suspect))
         self.limit = max(limited.steps, self.version + under_way)
         return [Limit(self.limit), *([] if under_way else self._gathered())]
 
@@ -296,7 +327,10 @@ class Staged:
 
     def _decide(self, slots: frozenset[int]) -> list[Decision]:
         bad = frozenset.union(*(f.bad for f in self.filled.values())) & slots
-        return [Decide(self.version, slots, bad, apply=not bad)]
+        if bad and self.version >= self.void:
+            self.suspect = Suspect(self.version, slots, bad)
+            return [self.suspect]
+        return [Decide(self.version, slots, bad, apply=self.version >= self.void)]
 
     def _decided(self, decided: Decided) -> list[Decision]:
         if decided.step != self.version or self.decision:
@@ -381,7 +415,8 @@ class Immediate:
     With a bound s, an arrived push is applied only if every read still open could then be applied too, oldest read
     first, within s; otherwise it waits. With at most s + 1 slots under way in the whole run this never deadlocks and no
     update is staler than s. A read belongs to a lease: asked for twice it keeps its first version, and for a slot that
-    is applied already none is opened. A slot that is applied is never applied again.
+    is applied already none is opened. A slot that is applied is never applied again. Updates are let through one by
+    one, so that what is `applied` is what is in the weights whenever somebody asks.
 
     Args:
         bound: s in updates, None for async.
@@ -396,6 +431,7 @@ class Immediate:
         self.expired: set[tuple[int, int]] = set()  # leases that ended otherwise; they open no read again
         self._filled = filled
         self._applied = Applied(filled)
+        self._making = False  # one that was let through is not in the weights yet
 
     @property
     def applied(self) -> dict[str, Any]:
@@ -414,6 +450,9 @@ class Immediate:
                 return self._closed(event.key)
             case Survived():
                 return self._survived(event.live)
+            case Made():
+                self._making = False
+                return self._release()
             case _:
                 return []
 
@@ -450,7 +489,7 @@ class Immediate:
 
     def _release(self) -> list[Decision]:
         decisions: list[Decision] = []
-        while key := next((k for k in self.held if self.feasible(k)), None):
+        while not self._making and (key := next((k for k in self.held if self.feasible(k)), None)):
             push = self.held.pop(key)
             slot = (push.step, push.slots[0])
             read = self.reads.pop(key)
@@ -460,6 +499,7 @@ class Immediate:
             decisions.append(ApplyPush(key, self.version - read, apply=not push.bad))
             self._applied.add(*slot)
             self.version += 1
+            self._making = True
         return decisions
 
     def _survived(self, live: frozenset[int]) -> list[Decision]:

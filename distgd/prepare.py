@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from distgd import weights
 from distgd.config import Config
 from distgd.errors import BadInput, blaming
+from distgd.faults import FaultPlan, check, parse
 from distgd.layout import state, trainable
 from distgd.optim import check_groups, resolve_optimizer, resolve_schedule
 from distgd.plan import ENDLESS, Plan, many
@@ -52,8 +54,11 @@ def prepare(config: Config, task: Task | None = None, name: str = "run") -> Plan
     example = _try_one_slot(replica, source, order)
     held_out = _try_evaluation(replica, config)
     _refuse_written(replica, before)
-    warnings = _warnings(config, order)
-    return Plan(config, name, where, replica, source, order, steps, optimizer, schedule, held_out, example, warnings)
+    faults = _faults(config, evaluator=held_out is not None)
+    warnings = _warnings(config, order, faults)
+    return Plan(
+        config, name, where, replica, source, order, steps, optimizer, schedule, held_out, example, warnings, faults
+    )
 
 
 def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:
@@ -67,7 +72,7 @@ def _build(where: TaskSource, config: Config) -> tuple[Replica, Source]:
 
 
 def _slots(config: Config, size: int) -> int:
-    slots = config.batch.slots or min(config.cluster.workers, size)
+    slots = config.batch.slots or min(config.cluster.workers.max, size)
     if slots > size:
         do = "a slot holds at least one sample"
         raise BadInput.at("batch.slots", f"at most the {size} samples of a batch", slots, do)
@@ -179,8 +184,27 @@ def _refuse_written(replica: Replica, before: Tensor) -> None:
         raise BadInput.at("task.model", "parameters that only the optimizer changes", written, do)
 
 
-def _warnings(config: Config, order: Order) -> tuple[str, ...]:
-    workers, sync = config.cluster.workers, config.consistency.mode == "sync"
-    if not sync or workers <= order.slots:
-        return ()
-    return (f"{workers - order.slots} of {workers} workers are idle: a step has {many(order.slots, 'slot')}",)
+def _faults(config: Config, *, evaluator: bool) -> FaultPlan | None:
+    """The faults that are to be injected; each must be meant for somebody of this run."""
+    if config.faults.plan is None:
+        return None
+    path = Path(config.faults.plan)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"{path} ({getattr(error, 'strerror', None) or 'other bytes'})"
+        raise BadInput.described("faults.plan", "a file that lists faults", found, "correct the path") from None
+    plan = FaultPlan(text, path.name, parse(text, path.name))
+    counts = {"worker": config.cluster.workers.max, "server": config.cluster.servers, "evaluator": int(evaluator)}
+    check(plan.faults, {**counts, "driver": 1}, plan.where)
+    return plan
+
+
+def _warnings(config: Config, order: Order, faults: FaultPlan | None) -> tuple[str, ...]:
+    workers, sync = config.cluster.workers.max, config.consistency.mode == "sync"
+    found = []
+    if sync and workers > order.slots:
+        found.append(f"{workers - order.slots} of {workers} workers are idle: a step has {many(order.slots, 'slot')}")
+    if faults is not None:
+        found.append(f"{many(len(faults.faults), 'fault')} of {faults.where} to be injected on purpose")
+    return tuple(found)

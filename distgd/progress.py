@@ -77,7 +77,7 @@ class Progress:
         if event["event"] == "start":
             self._write(event["headline"])
             return
-        if event["event"] in ("fault", "joined"):
+        if event["event"] in ("fault", "joined", "shares", "injected"):
             self._write(f"{event['event']} at step {event['step']}: {event['message']}")
             return
         self._line.take(event)

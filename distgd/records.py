@@ -2,8 +2,8 @@
 
 A tracker gets `start`, then any number of events, then `finish`. An event is a mapping
 `{"event": "step", "step", "version", "samples", "seconds", "metrics": {"train/loss": ...}}`, or, instead of `step`, one
-of `warning`, `eval`, `checkpoint`, `fault`, `joined`, `end`; `seconds` count from the run's start. `metrics.jsonl`
-holds every one of them; a kill loses one second at most.
+of `warning`, `eval`, `checkpoint`, `fault`, `joined`, `injected`, `end`; `seconds` count from the run's start.
+`metrics.jsonl` holds every one of them; a kill loses one second at most.
 Warnings go to the logger `distgd.tracking`.
 """
 

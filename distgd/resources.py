@@ -50,7 +50,7 @@ def bundles(config: str | Path | Mapping[str, Any] | Config, *overrides: str) ->
     """
     resolved = load(config, overrides)
     asks, cluster = by_role(resolved), resolved.cluster
-    roles = ["server"] * cluster.servers + ["worker"] * cluster.workers + ["evaluator"]
+    roles = ["server"] * cluster.servers + ["worker"] * cluster.workers.max + ["evaluator"]
     return [dict(TRIAL), *(bundle for role in roles if (bundle := asks[role].bundle()))]
 
 

@@ -23,8 +23,8 @@ class Result:
     `samples_per_s` is measured from the first commit to the last, `start_s` from the process's start to the first
     commit, `step_ms` between commits. `ended_by` says why the run was over: the key of `stop`, or what asked for it.
     `best` has step and metrics of the best evaluation where `eval.best` asks for it; its weights are in
-    `best.safetensors`. `state_dict` holds the last version; it loads into the plain torch model, and is empty where the
-    run failed.
+    `best.safetensors`. `faults` says how many of a plan's were injected, null without one. `state_dict` holds the last
+    version; it loads into the plain torch model, and is empty where the run failed.
     """
 
     run_id: str
@@ -51,6 +51,7 @@ class Result:
     dropped_samples: int
     late_slots: int
     skipped_evaluations: int
+    faults: str | None = None
     state_dict: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,14 +82,18 @@ def summarize(
     run_dir: str,
     mlflow_run_id: str | None,
     status: str,
+    bits: str,
     began: float,
     first_commit: float | None,
+    faults: str | None = None,
 ) -> Result:
     """The result of a run that has ended, from the driver's counts; None where it had no driver yet.
 
     Args:
+        bits: what is promised of them, unless the step at which the run ended depends on how fast everybody was.
         began: when the run began, seconds since the epoch.
         first_commit: seconds from there to the first commit.
+        faults: how many of a plan's were delivered.
     """
     config, tally = plan.config, driver.tally if driver else None
     nothing: dict[str, float | None] = {}
@@ -99,7 +104,7 @@ def summarize(
         run_dir=run_dir,
         status=status,
         mode=config.consistency.mode,
-        workers=config.cluster.workers,
+        workers=config.cluster.workers.max,
         servers=config.cluster.servers,
         slots=plan.order.slots,
         steps=tally.steps if tally else 0,
@@ -110,7 +115,7 @@ def summarize(
         staleness=tally.staleness_quantiles() if tally else nothing,
         wall_s=time.time() - began,
         start_s=first_commit,
-        bits="not promised" if driver and driver.timed else plan.bits,
+        bits="not promised" if driver and driver.timed else bits,
         weights_sha256=weights.fingerprint(state) if state else None,
         metrics=tally.metrics if tally else {},
         ended_by=_why(plan, driver, status),
@@ -118,6 +123,7 @@ def summarize(
         dropped_samples=tally.dropped if tally else 0,
         late_slots=tally.late_slots if tally else 0,
         skipped_evaluations=tally.skipped_evaluations if tally else 0,
+        faults=faults,
         state_dict=state,
     )
 

@@ -1,8 +1,8 @@
 """Where a run goes on: which checkpoint, and whether the config still is that run's.
 
-`stop`, `cluster`, `checkpoint`, `eval`, `tracking`, and where the run lies, may change; anything else would make it
-another run. What the config leaves open and the run has decided at its first start stays so: `batch.slots`, and how
-long the schedule is.
+`stop`, `cluster`, `checkpoint`, `eval`, `tracking`, `faults`, and where the run lies, may change; anything else would
+make it another run. What the config leaves open and the run has decided at its first start stays so: `batch.slots`, and
+how long the schedule is.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from distgd.assignment import Assignment
-from distgd.checkpoint import Checkpoint, Damaged, Manifest, ShardEntry, newest, open_checkpoint
+from distgd.checkpoint import Checkpoint, Checkpoints, Damaged, Manifest, ShardEntry, is_uri, open_checkpoint
 from distgd.config import Config
-from distgd.driver import Resumed
+from distgd.effects import Resumed
 from distgd.errors import BadInput
 from distgd.layout import Layout
 from distgd.plan import Plan
 from distgd.policy import Applied
+from distgd.promise import Promise
 from distgd.records import strict
 from distgd.result import Result, reached
 from distgd.runfolder import Start, identity
+from distgd.runstore import place, run_store
 from distgd.saving import Whole
 
-MAY_CHANGE = ("stop", "cluster", "checkpoint", "eval", "tracking", "run.name", "run.storage")
+MAY_CHANGE = ("stop", "cluster", "checkpoint", "eval", "tracking", "faults", "run.name", "run.storage", "run.bits")
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,42 @@ def find(config: Config, resume: str) -> Found | None:
 
     Args:
         config: with absolute paths.
-        resume: `auto`, or the folder of a checkpoint.
+        resume: `auto`, or the folder of a checkpoint, or its URI where `checkpoint.storage` is an object store.
 
     Raises:
         BadInput: `auto` without `run.name`, or a folder that is no whole checkpoint of its run.
     """
     if resume != "auto":
-        return _at(Path(resume))
+        return _in_store(config, resume) if is_uri(resume) else _at(Path(resume))
     if config.run.name is None:
         do = "set run.name=NAME, so that every start finds the same folder"
         raise BadInput.described("run.name", "a name with --resume auto", "null", do)
     run_dir = Path(config.run.storage) / config.run.name
+    if (store := run_store(config, run_dir)) is not None:
+        store.bring()
     run = identity(run_dir)
     if run is None:
         return None
     damaged: list[str] = []
-    return Found(run_dir, newest(run_dir / "checkpoints", run, damaged), tuple(damaged))
+    return Found(run_dir, Checkpoints(place(config, run_dir)).newest(run, damaged), tuple(damaged))
+
+
+def _in_store(config: Config, uri: str) -> Found:
+    root, name = (config.checkpoint.storage or "").rstrip("/"), uri.rstrip("/").split("/")[-1]
+    run_dir = Path(config.run.storage) / (uri.rstrip("/").split("/")[-3:][0])
+    store = run_store(config, run_dir)
+    if store is None or uri.rstrip("/") != f"{root}/{run_dir.name}/checkpoints/{name}":
+        do = "give auto, or set checkpoint.storage to what is before the run's name"
+        raise BadInput.described("--resume", "auto, or a checkpoint under checkpoint.storage", uri, do)
+    store.bring()
+    run = identity(run_dir)
+    try:
+        if run is None:
+            raise Damaged(f"no run.json beside {uri}")
+        return Found(run_dir, Checkpoints(place(config, run_dir)).open(name, run))
+    except Damaged as error:
+        do = "give auto for the newest whole one"
+        raise BadInput.described("--resume", "a whole checkpoint", f"a damaged one: {error}", do) from error
 
 
 def _at(folder: Path) -> Found:
@@ -180,7 +203,13 @@ def facts(plan: Plan) -> dict[str, Any]:
     }
 
 
-def manifest_of(whole: Whole, plan: Plan, start: Start, assignment: Assignment) -> Manifest:
+@cache
+def _version(name: str) -> str:
+    """Of an installed package; to look is to read and parse a file, and checkpoints are many."""
+    return version(name)
+
+
+def manifest_of(whole: Whole, plan: Plan, start: Start, assignment: Assignment, promise: Promise) -> Manifest:
     """The manifest of files that are all there."""
     slices = plan.layout.slices(len(whole.parts))
     shards = tuple(
@@ -196,9 +225,10 @@ def manifest_of(whole: Whole, plan: Plan, start: Start, assignment: Assignment) 
         facts=strict(facts(plan)),
         progress=strict(whole.progress),
         config=plan.config.model_dump(mode="json"),
-        software={name: version(name) for name in ("distgd", "torch", "numpy", "ray")}
-        | {"python": platform.python_version()},
-        bits=plan.bits,
+        software={name: _version(name) for name in ("distgd", "torch", "numpy", "ray")}
+        | {"python": platform.python_version()}
+        | promise.record(),
+        bits=promise.bits,
     )
 
 

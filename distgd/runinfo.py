@@ -46,4 +46,4 @@ def _tags(plan: Plan) -> dict[str, str]:
     with suppress(KeyError, OSError):  # a user id without a name
         packages["mlflow.user"] = getpass.getuser()
     packages |= {"mlflow.source.name": "distgd", "host": platform.node(), "python": platform.python_version()}
-    return {**packages, "bits": plan.bits}
+    return {**packages, "bits": plan.bits, **({"faults": "injected"} if plan.faults else {})}

@@ -52,9 +52,11 @@ class Saving:
         self.asked = 0
         self._parts: dict[int, ev.ShardWritten] = {}
         self._progress: dict[int, Progress] = {}  # by version, from the one that was asked for on
+        self._sealing: Whole | None = None  # its files are there, and what it depends on is being written down
+        self._unsealed: set[int] = set()  # shards whose record is missing
 
     def next(self, step: int, now: float) -> int | None:
-        """The step to ask for at `step` and `now`, None for none."""
+        """The step to ask for at `step` and `now`, None for none; a step is said once."""
         if not self.on or self.running or (not self._by_steps and now < self._due):
             return None
         if not self._by_steps:
@@ -62,7 +64,8 @@ class Saving:
             return step + 1
         while self._due <= step:
             self._due += self._interval
-        return int(self._due)
+        due, self._due = self._due, self._due + self._interval  # shards may be there before the driver has counted it
+        return int(due)
 
     def ask(self, version: int, counted: int, progress: Callable[[], Progress]) -> int:
         """Begin one of the first version that is at least `version`; what was under way is given up.
@@ -76,6 +79,7 @@ class Saving:
         self.number -= 1
         self.running, self.asked = True, version
         self._parts.clear()
+        self._sealing = None
         self._progress = {counted: progress()}
         return self.number
 
@@ -108,9 +112,26 @@ class Saving:
         version = parts[0].version
         return Whole(self.number, parts, self._progress[version]) if version in self._progress else None
 
+    def seal(self, whole: Whole) -> None:
+        """Wait for every shard's record of its updates (bounded, async).
+
+        A shard's file may hold a gradient that was computed from a version of another shard beyond that one's file.
+        All versions that were read by then were there before the last file was: a record that is asked for now has
+        them.
+        """
+        self._sealing, self._unsealed = whole, set(range(self._shards))
+
+    def recorded(self, number: int, shard: int) -> Whole | None:
+        """A shard's record is written down; the checkpoint, if that was all that was missing."""
+        if self._sealing is None or number != self._sealing.number:
+            return None
+        self._unsealed.discard(shard)
+        return None if self._unsealed else self._sealing
+
     def ended(self, version: int | None) -> None:
         """It is real, and called by `version`; or, with None, there will be none: the next one is tried in its turn."""
         self.running = False
         self.version = self.version if version is None else version
+        self._sealing = None
         self._parts.clear()
         self._progress.clear()

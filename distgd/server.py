@@ -9,15 +9,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from distgd import canary
 from distgd import events as ev
-from distgd.checkpoint import Damaged, Restored, Writing, restore
-from distgd.device import Card
+from distgd.checkpoint import Checkpoints, Damaged, Restored, Writing
+from distgd.device import Card, be_deterministic
 from distgd.errors import BadInput, RunFailed
 from distgd.layout import Layout, Slice, tensor_of
 from distgd.mirror import MirroredOptimizer
@@ -26,7 +26,7 @@ from distgd.policy import Immediate, Policy, Staged
 from distgd.rules import ShardRules
 from distgd.shard import Shard
 from distgd.sources import Order
-from distgd.transport.segments import Allocate
+from distgd.transport.segments import Allocate, Recycled
 
 BLOCK = 1 << 19
 """Elements stepped at once: few enough for the cache, and so many that the cost of torch's calls does not show."""
@@ -38,8 +38,9 @@ CARD_BLOCK = 1 << 22
 class ServerSpec:
     """All that a server is made of but for its weights, which the driver sends; `buffers` are shard 0's alone.
 
-    `checkpoints` is the run's folder of them, where it keeps any; `layout` says what the elements in a file are.
+    `checkpoints` is the run's folder of them, or its URI, where it keeps any; `layout` says what elements a file has.
     `quorum` counts in sync mode, `staleness` in bounded mode; async is bounded mode with `staleness` None.
+    `canary` says that it is to show what its arithmetic comes to, `deterministic` that torch is to be so (CUDA).
     """
 
     rules: ShardRules
@@ -54,6 +55,8 @@ class ServerSpec:
     device: str = "cpu"
     layout: Layout = field(default_factory=lambda: Layout((), 0, "float32"))
     checkpoints: str | None = None
+    canary: bool = False
+    deterministic: bool = False
 
     role = "server"
 
@@ -63,6 +66,8 @@ class ServerSpec:
         Raises:
             BadInput: it is to have a card, and there is none.
         """
+        if self.deterministic:
+            be_deterministic()
         torch.set_num_threads(1)
         if self.device == "cuda" and not torch.cuda.is_available():
             do = "set cluster.server_device=cpu cluster.server_gpus=0, or choose nodes with GPUs"
@@ -95,12 +100,17 @@ class Server:
 
     def __init__(self, spec: ServerSpec, clock: Callable[[], float], allocate: Allocate) -> None:
         self.spec = spec
-        self._allocate = allocate
+        self._allocate = Recycled(allocate)
         self._shard: Shard | None = None
         self._early: list[tuple[int, Any]] = []  # from workers that were quicker than the initial weights
         self._clock = clock
         self._timeline = spec.rules.timeline
         self._committed = clock()
+
+    def facts(self) -> dict[str, str]:
+        """The canary and the machine's kind, where they are asked for."""
+        spec = self.spec
+        return canary.of_server(spec.optimizer, getattr(torch, spec.dtype), spec.device) if spec.canary else {}
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message; a committed step's report says how long this message took to apply."""
@@ -110,6 +120,8 @@ class Server:
                 return []
             case ev.Stop():
                 return [ev.End(f"stopped by the driver at version {self._shard.version if self._shard else 0}")]
+            case ev.Fenced():
+                return [ev.End("fenced: replaced by another")]
             case ev.StatusRequested():
                 text = self._shard.describe() if self._shard else "waits for its initial weights"
                 return [ev.Send(source, ev.StatusSent(self._timeline, text))]
@@ -131,6 +143,7 @@ class Server:
         rules = replace(self.spec.rules, timeline=event.timeline, incarnations=event.shards)
         self.spec = replace(self.spec, rules=rules)
         self._timeline, self._shard, self._early = event.timeline, None, []
+        self._allocate.begin()
 
     def _load(self, load: ev.Load) -> list[ev.Effect]:
         """Take the weights, once, and write them down before they change."""
@@ -150,7 +163,7 @@ class Server:
         )
         if found is not None:
             optimizer.load_state_dict(found.state.optimizer)
-            shard.restore(found.version, found.buffers_version, found.applied)
+            shard.restore(found.version, found.buffers_version, found.applied, load.norms)
         loaded = ev.Send(ev.DRIVER, ev.Loaded(self._timeline, spec.part.index, shard.version))
         return [loaded] if spec.checkpoints is None else [loaded, self._written(shard.store(0, load.version))]
 
@@ -159,7 +172,8 @@ class Server:
         if load.weights is not None:
             return None
         try:
-            return restore(Path(load.checkpoint), self.spec.part, self.spec.layout)
+            place, name = Checkpoints.of(load.checkpoint)
+            return place.restore(name, self.spec.part, self.spec.layout)
         except Damaged as error:
             raise RunFailed(f"shard {self.spec.part.index}: the checkpoint cannot be read here: {error}") from error
 

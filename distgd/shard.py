@@ -27,7 +27,9 @@ from distgd import events as ev
 from distgd import policy as pol
 from distgd.codecs import CODECS
 from distgd.layout import Slice, block_squares, squared_norm, tensor_of
+from distgd.norms import Norms
 from distgd.optim import PieceOptimizer, Schedule, clip_scale
+from distgd.recording import Recording
 from distgd.reduce import Node
 from distgd.returning import Returning
 from distgd.rules import ShardRules
@@ -84,6 +86,8 @@ class Shard:
         self._pulls: list[tuple[int, ev.PullRequested]] = []  # reads of a version that is still to come
         self._published: Array | None = None  # a copy of this version's weights, shared by all answers
         self._snapshots = Snapshots(rules.timeline, part.index)
+        here = len(rules.incarnations)
+        self._recording = Recording(rules.timeline, part.index, here) if rules.record else None
         self._stores: list[ev.Store] = []  # what may not have been written yet
         self._limit: int | None = None  # shard 0: the first step that may not be decided yet
         self._members = ev.MembershipChanged(rules.timeline, -1, frozenset(), -1, ())
@@ -92,6 +96,7 @@ class Shard:
         self._commit: ev.Commit | None = None  # the decision that the policy has been told of last
         self._bad: tuple[int, ...] = ()
         self.version = 0  # updates applied or skipped so far
+        self._norms = Norms(rules.norm_ratio)  # shard 0, sync
         self.late = 0  # slots that came after their step was decided, since the last report
 
     @property
@@ -99,8 +104,13 @@ class Shard:
         """Whether this is shard 0, which decides."""
         return self.part.index == 0
 
-    def restore(self, version: int, buffers_version: int, applied: str) -> None:
-        """Go on from `version`, whose weights and optimizer's state are in place; `applied` is what `Store` said."""
+    def restore(self, version: int, buffers_version: int, applied: str, norms: Collection[float] = ()) -> None:
+        """Go on from `version`, whose weights and optimizer's state are in place; `applied` is what `Store` said.
+
+        Args:
+            norms: of the slots that were applied last, squared.
+        """
+        self._norms = Norms(self.rules.norm_ratio, norms)
         self.version, self.buffers_version = version, buffers_version
         self.policy.restore(version, json.loads(applied) if applied else {})
 
@@ -125,17 +135,22 @@ class Shard:
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message of incarnation `source`; what is not for this timeline or from the dead has no effect."""
         if event.timeline != self.rules.timeline:
-            return []
+            return self._fence(source)
         if self._update is not None:  # nobody sees half a version
             return [*self._update, *self.handle(source, event)]
         if isinstance(event, ev.MembershipChanged):
             return self._membership(event)
+        if fenced := self._fence(source):
+            return fenced
         if source > self._members.newest or (isinstance(event, OF_WORKERS) and not self._members.places(source)):
             self._parked.append((source, event))  # the driver knows of it, and will tell
             return []
-        if source not in self._members.live:
-            return [ev.Send(source, ev.Fenced(self.rules.timeline))]
         return self._dispatch(source, event)
+
+    def _fence(self, source: int) -> list[ev.Effect]:
+        """The dead are told, in whatever timeline they were left; who is newer than all that are known here is not."""
+        dead = source not in self._members.live and source <= self._members.newest
+        return [ev.Send(source, ev.Fenced(self.rules.timeline))] if dead else []
 
     def describe(self) -> str:
         """What this shard waits for, in words."""
@@ -166,10 +181,14 @@ class Shard:
                 return self._committed(event)
             case ev.Limit():
                 return self._obey(self.policy.handle(pol.Limited(event.steps)))
+            case ev.Skip():
+                return self._obey(self.policy.handle(pol.Skipped(event.step)))
             case ev.LeaseExpired():
                 return self._obey(self.policy.handle(pol.Closed((event.worker, event.lease))))
             case ev.TakeSnapshot():
                 return self._snapshot_asked(event)
+            case ev.RecordsRequested() if self._recording is not None:
+                return [ev.Send(ev.DRIVER, self._recording.take(event.number))]
             case ev.SnapshotPulled():
                 return [ev.Send(source, found) for found in self._snapshots.pulled(source, event.number)]
             case _:
@@ -209,7 +228,8 @@ class Shard:
             parts = len(self._returning.cuts)
             effects = [] if there else [ev.Send(source, part) for part in self._returning.whole(self.version)]
         else:
-            weights = self.weights.numpy() if self._eager else self._copy()
+            whole_step = self.rules.staged and self._eager  # nobody computes while this shard applies
+            weights = self.weights.numpy() if whole_step else self._copy()
         message = ev.WeightsSent(
             self.rules.timeline,
             self.part.index,
@@ -290,10 +310,13 @@ class Shard:
                     effects += self._apply_step(decision)
                 case pol.ApplyPush():
                     effects += self._apply_push(decision)
+                    effects += self._obey(self.policy.handle(pol.Made()))
                 case pol.Drop(key, reason) if not self.rules.staged:
                     effects += self._dropped(key, reason)
                 case pol.Propose():
                     effects += self._propose(decision)
+                case pol.Suspect():
+                    effects.append(ev.Send(ev.DRIVER, self._poisoned(decision)))
                 case pol.Decide():
                     effects += self._decide(decision)
                 case pol.Limit(steps):
@@ -315,6 +338,8 @@ class Shard:
         squares = None
         if measure and self.rules.clip is not None:
             squares = block_squares(self._measure(slots)).numpy()
+        if self.leads:
+            bad |= {s.slot for push in self._staged.values() for s in push.stats if self._norms.exceeds(s)}
         report = ev.ShardFilled(
             self.rules.timeline,
             self.part.index,
@@ -336,6 +361,11 @@ class Shard:
         ask = ev.Measure(self.rules.timeline, proposal.step, proposal.attempt, tuple(sorted(proposal.slots)))
         others: list[ev.Effect] = [ev.Send(shard, ask) for shard in self.rules.incarnations[1:]]
         return [*others, *self._report(proposal.attempt, proposal.slots, frozenset(), measure=True)]
+
+    def _poisoned(self, suspect: pol.Suspect) -> ev.Poisoned:
+        bad = tuple(sorted(suspect.bad))
+        stats = tuple(s for push in self._staged.values() for s in push.stats if s.slot in suspect.bad)
+        return ev.Poisoned(self.rules.timeline, suspect.step, bad, tuple(sorted(stats, key=lambda s: s.slot)))
 
     def _decide(self, decision: pol.Decide) -> list[ev.Effect]:
         clip, self._norm = 1.0, None
@@ -388,7 +418,11 @@ class Shard:
         if decision.apply and 0 in decision.slots:
             self._commit_buffers(next(push.buffers for node, push in self._staged.items() if node[0] == 0))
         self.version += 1
-        effects: list[ev.Effect] = [ev.Send(ev.DRIVER, self._record(commit))] if self.leads else []
+        effects: list[ev.Effect] = []
+        if self.leads:
+            record = self._record(commit)
+            self._norms.observe(record.stats if decision.apply else ())
+            effects.append(ev.Send(ev.DRIVER, record))
         self._staging.clear()
         self._staged.clear()
         self._squares.clear()
@@ -458,15 +492,22 @@ class Shard:
 
     def _apply_push(self, decision: pol.ApplyPush) -> list[ev.Effect]:
         source, push = self._waiting.pop(decision.key)
+        scale = self.rules.lr_scale(self.schedule.factor(push.step), decision.staleness)
+        if self._recording is not None:
+            self._recording.add(self.version, source, push, decision.staleness, scale, applied=decision.apply)
         if decision.apply and push.gradient is not None:
-            scale = self.schedule.factor(push.step)
-            if self.rules.scale_lr:
-                scale /= max(1, decision.staleness)
             for _ in self._step(Mean.of(tensor_of(push.gradient), push.weight), scale):
                 pass
             self._commit_buffers(push.buffers)
         self.version += 1
-        return [self._answer(source, push.lease, "applied", decision.staleness), *self._advanced()]
+        answer = self._answer(source, push.lease, "applied", decision.staleness)
+        return [answer, *self._advanced(), *self._told(enough=True)]
+
+    def _told(self, *, enough: bool = False) -> list[ev.Effect]:
+        """Tell the driver what has been applied; with `enough`, only if it is so much that it is worth a message."""
+        if self._recording is None or (enough and not self._recording.enough):
+            return []
+        return [ev.Send(ev.DRIVER, self._recording.take())]
 
     # Snapshots.
 
@@ -505,9 +546,11 @@ class Shard:
 
     def _take_due(self) -> tuple[list[ev.Effect], list[ev.Effect]]:
         """What is due for readers, and what is due for files."""
+        last = self._snapshots.due.get(ev.FINAL, self.version + 1) <= self.version
+        record = self._told() if last else []
         stored = [self.store(number, name) for number, name in self._snapshots.stored(self.version)]
         taken = self._snapshots.take(self.version, self._copy, self.buffers)
-        return [ev.Send(reader, snapshot) for reader, snapshot in taken], list(stored)
+        return [*record, *(ev.Send(reader, snapshot) for reader, snapshot in taken)], list(stored)
 
     def _copy(self) -> Array:
         if self._published is None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """SIGTERM, or what means the same: the text says what."""
 
 
 class Signals:
@@ -42,7 +42,7 @@ class Signals:
         if self._deaf():
             return
         first = self.heard is None
-        self.heard = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        self.heard = Terminated("SIGTERM") if number == signal.SIGTERM else KeyboardInterrupt()
         if not (self.patient and first):
             raise self.heard
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from distgd import events as ev
 from distgd import weights
 from distgd.config import load
-from distgd.driver import Account, Driver, Finish, Keep, Log, Spawn
+from distgd.driver import Driver
+from distgd.effects import Account, Finish, Keep, Log, Spawn
 from distgd.errors import DistgdError
 from distgd.inprocess import SLOT_SECONDS, InProcessCluster
 from distgd.layout import BUCKET, state
@@ -111,7 +112,7 @@ def run(
                         return done
             arrived = cluster.receive(1e6)
             assert arrived is not None, f"stuck at step {driver.tally.steps}"
-            driver.nodes = cluster.nodes()
+            driver.members.nodes = cluster.nodes()
             effects = driver.handle(*arrived, cluster.now())
     finally:
         cluster.close()

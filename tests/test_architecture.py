@@ -29,15 +29,15 @@ FLOORS = {
     for floor, rooms in enumerate(
         (
             "errors config events",  # words
-            "layout optim policy ledger reduce codecs faults diagnostics rules staging returning "  # pure
-            "snapshots shard stopping features cost",
-            "memory machine wire transport device tasks sources table checkpoint records tracking "  # doors
-            "progress report audit weights",
+            "layout optim policy ledger reduce codecs faults diagnostics rules staging returning recording "  # pure
+            "snapshots shard stopping features cost norms shares",
+            "memory machine wire transport device canary tasks sources table checkpoint records tracking "  # doors
+            "progress report audit weights updates injected",
             "server worker adder evaluator driver assignment evaluations saving gradients replica mirror "  # actors
-            "tally",
-            "cluster inprocess resources reaper",  # the engine
+            "tally effects membership promise suspicion",
+            "cluster process inprocess resources reaper standby rehearsed",  # the engine
             "trainer plan prepare forecast keeping resume result runfolder runinfo signals export compare "  # the story
-            "cli __main__ __init__",
+            "runstore replay run starting rehearsal cli __main__ __init__",
         )
     )
     for room in rooms.split()

@@ -96,6 +96,27 @@ def test_what_a_rollback_leaves_done_is_told_once_more() -> None:
     assert not audit([*lines[:-1], slot(2, 0), end(3)]).clean
 
 
+def mark(step: int) -> Line:
+    return {"state": "bits", "bits": "not promised", "step": step, "why": "another machine"}
+
+
+def test_what_is_promised_of_the_bits_and_what_broke_it() -> None:
+    promised = {**begin(), "bits": "promised"}
+    last = {**end(6), "bits": "promised"}
+    for lines, bits, why in [
+        ([begin(), end(6)], None, None),
+        ([promised, last], "promised", None),
+        ([promised, mark(2), {**last, "bits": "not promised"}], "not promised", "another machine"),
+        ([promised, mark(2), rollback(3)], "not promised", "another machine"),
+        ([promised, mark(2), rollback(2)], "promised", None),
+        ([promised, mark(2), rollback(2), mark(2)], "not promised", "another machine"),
+        ([promised, {**last, "bits": "not promised"}], "not promised", None),
+        ([promised, {**last, "bits": "not promised"}, rollback(4)], "promised", None),
+    ]:
+        found = audit(lines)
+        assert (found.bits, found.why) == (bits, why), lines
+
+
 def test_slots_under_way_in_an_unfinished_run_are_not_lost() -> None:
     found = audit([begin(mode="bounded"), *steps(0, 2), slot(3, 1)])
     assert (found.steps, found.finished, found.clean) == (2, False, True)

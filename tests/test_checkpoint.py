@@ -160,43 +160,49 @@ class Kill(BaseException):
     """Stands for a process that is not there any more."""
 
 
-def test_a_kill_at_any_file_operation_leaves_the_one_before_or_the_new_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every call that changes a file is one more place to die at."""
-    calls, dies = [0], [10**9]
+CHANGES = ("open", "write", "fsync", "unlink", "rmdir", "mkdir", "replace", "rename")
+
+
+def killed_at(place: int, checkpoints: Path) -> tuple[bool, int]:
+    """Make version 5 beside version 3, gone at one call that changes a file; whether it was, and what is found then."""
+    calls, dies = 0, 10**9
 
     def mortal(do: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == dies[0]:
+            nonlocal calls
+            calls += 1
+            if calls == dies:
                 raise Kill
             return do(*args, **named)
 
         return call
 
-    for name in ("open", "write", "fsync", "unlink", "rmdir", "mkdir", "replace", "rename"):
-        monkeypatch.setattr(os, name, mortal(getattr(os, name)))
-    seen = set()
-    for place in range(1, 200):
-        checkpoints = tmp_path / str(place)
-        dies[0] = 10**9
+    killed = False
+    with pytest.MonkeyPatch.context() as patch:
+        for name in CHANGES:
+            patch.setattr(os, name, mortal(getattr(os, name)))
         before = make(checkpoints, LAYOUT, version=3)
-        calls[0], dies[0] = 0, place
+        calls, dies = 0, place
         try:
             after = make(checkpoints, LAYOUT, version=5)
             prune(checkpoints, [after.folder])
         except Kill:
             killed = True
-        else:
-            killed = False
-        dies[0] = 10**9
+        dies = 10**9
         found = newest(checkpoints, RUN, [])
         assert found is not None
-        seen.add(found.manifest.step)
         again = make(checkpoints, LAYOUT, version=5, timeline=2)  # nothing is in the way of the next start
         prune(checkpoints, [again.folder, before.folder])
         assert newest(checkpoints, RUN, []) == again
+    return killed, found.manifest.step
+
+
+def test_a_kill_at_any_file_operation_leaves_the_one_before_or_the_new_one(tmp_path: Path) -> None:
+    """Every call that changes a file is one more place to die at."""
+    seen = set()
+    for place in range(1, 200):
+        killed, step = killed_at(place, tmp_path / str(place))
+        seen.add(step)
         if not killed:
             break
     assert not killed

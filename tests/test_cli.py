@@ -212,12 +212,17 @@ def test_audit_counts_a_run_and_fails_where_a_sample_is_missing(
     assert main(["audit", folder.name]) == 0
     shown = capsys.readouterr().out
     assert "the run went through 12 steps" in shown and "no sample was counted twice or lost" in shown
+    assert "bits promised\n" in shown
     ledger = folder / "ledger.jsonl"
     lines = ledger.read_text(encoding="utf-8").splitlines(keepends=True)
     ledger.write_text("".join(lines[:3] + lines[4:]), encoding="utf-8")
     assert main(["audit", str(folder), "--json"]) == 1
     found = last_object(capsys.readouterr().out)
     assert (found["status"], sum(epoch["lost"] for epoch in found["epochs"]) > 0) == ("failed", True)
+    mark = {"state": "bits", "bits": "not promised", "step": 3, "why": "worker 1: on another machine"}
+    ledger.write_text("".join([*lines, json.dumps(mark) + "\n"]), encoding="utf-8")
+    assert main(["audit", str(folder)]) == 0
+    assert "bits not promised: worker 1: on another machine\n" in capsys.readouterr().out
 
 
 def test_dry_run_starts_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ import torch
 from simulate import OddTask, simulate
 
 from distgd import Stop, train
+from distgd import events as ev
 from distgd.audit import audit, read
 from distgd.cluster import RayCluster
 from distgd.config import load
 from distgd.errors import BadInput, DeadlineExceeded, Diverged, RunFailed
+from distgd.process import SILENT
 from distgd.resources import Resources
+from distgd.standby import Standbys
 from distgd.trainer import launch
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
@@ -208,6 +212,65 @@ def test_a_shard_that_is_killed_and_a_worker_that_is_stopped_cost_no_bit(
         assert "shard" in said[0]
         found = audit(read(Path(result.run_dir) / "ledger.jsonl"))
         assert (found.clean, found.rollbacks, found.steps) == (True, 1, 400)
+
+
+def processes_named(*names: str) -> list[int]:
+    """Of Ray's processes below this one, those that call themselves one of these."""
+    found: list[int] = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [process.pid] if (process.cmdline() or [""])[0] in [f"ray::{name}" for name in names] else []
+    return found
+
+
+@pytest.mark.timeout(480)  # three processes import torch, one after the other, beside a run
+def test_a_standby_takes_over_from_two_shards_and_ray_counts_as_before(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that waited is the one that replaces, under the name of its role; another waits after that."""
+    import ray
+
+    how: dict[str, Any] = {"batch": {"size": 32, "slots": 4}, "optimizer": {"name": "adam", "lr": 0.001}}
+    waiting: list[int] = []
+    killed: list[int] = []
+    free: list[float] = []
+    before = ray.available_resources().get("CPU", 0.0)
+
+    def strike(event: dict[str, Any]) -> Stop | None:
+        if event["event"] != "step" or event["step"] % 20:
+            return None
+        idle = processes_named("Standby")  # and at work on nothing
+        servers = processes_named("Server.run")
+        ready = [pid for pid in idle if pid not in waiting] if any(taken_care_of(standbys)) else []
+        if len(waiting) == len(killed) and ready:
+            free.append(ray.available_resources().get("CPU", 0.0))
+            assert killed == [] or waiting[-1] in servers, "it is a server now"
+            if len(killed) == 2:
+                return Stop("seen")
+            waiting.append(ready[0])
+            killed.append(max(servers))
+            os.kill(killed[-1], signal.SIGKILL)
+        return None
+
+    def taken_care_of(standbys: list[Standbys]) -> Iterator[bool]:  # the driver knows of them that they are ready
+        return (standby.ready for kept in standbys for standby in kept._idle.values())
+
+    class Kept(Standbys):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            standbys.append(self)
+
+    standbys: list[Standbys] = []
+    monkeypatch.setattr("distgd.cluster.Standbys", Kept)
+    task = OddTask(samples=112)
+    more = {"cluster": {"workers": 2, "servers": 2}, "checkpoint": {"every": {"steps": 30}}, "stop": {"steps": 10**5}}
+    config = load({**sections(tmp_path, **more, **how), "task": {"path": "a:b"}})
+    result = launch(config, "strike", strike, task=task)
+    assert len(killed) == 2
+    assert free[0] == free[1] == free[2] == before - 4, "each process is counted once, whoever began as what"
+    assert audit(read(Path(result.run_dir) / "ledger.jsonl")).clean
+    wait_until(lambda: not processes_named("Standby", "Standby.prepare", "Standby.__init__"), 10)
+    wait_until(lambda: ray.available_resources().get("CPU", 0.0) == before, 10)
 
 
 def test_an_address_without_a_cluster_is_bad_input_at_once(tmp_path: Path) -> None:
@@ -482,3 +545,19 @@ def test_a_model_on_a_gpu_learns(tmp_path: Path, consistency: dict[str, Any], cl
     )
     assert result.metrics["eval/accuracy"] >= 0.94
     assert result.bits == "not promised"
+
+
+def test_who_is_gone_is_told_though_others_never_cease_to_send() -> None:
+    """In async mode messages of those that live come without a pause."""
+
+    class Busy:
+        def receive(self, timeout: float) -> tuple[int, Any]:
+            time.sleep(0.001)
+            return 2, "again"
+
+    cluster = RayCluster(None, {}, 10.0, 1)
+    cluster._endpoint, cluster._private, cluster._heard = Busy(), Path(), {1: 0.0}  # type: ignore[assignment]
+    until = time.monotonic() + 10.0
+    while (arrived := cluster.receive(1.0)) == (2, "again"):
+        assert time.monotonic() < until, "starved"
+    assert arrived == (1, ev.ProcessLost(1, SILENT))

@@ -45,7 +45,7 @@ def test_shipped_configs_load_and_fix_what_decides_the_bits(path: Path) -> None:
 def test_file_gives_way_to_overrides_and_defaults_to_both(tmp_path: Path) -> None:
     path = written(tmp_path, "task: digits\nstop: {epochs: 3}\nbatch: {size: 8, slots: 2}\n")
     config = load(path, ["batch.size=16", "batch.size=64"])
-    assert (config.batch.size, config.batch.slots, config.stop.epochs, config.cluster.workers) == (64, 2, 3, 2)
+    assert (config.batch.size, config.batch.slots, config.stop.epochs, config.cluster.workers.max) == (64, 2, 3, 2)
 
 
 def test_overrides_reach_below_the_short_form_of_task() -> None:
@@ -178,7 +178,7 @@ BAD: list[tuple[list[str], list[str]]] = [
     (["run.name=7"], ["run.name", "found 7", "put it in quotes"]),
     (["run.seed=-1"], ["run.seed: expected an integer >= 0 and < 2**63, found -1"]),
     (["run.seed=9223372036854775808"], ["run.seed", "< 2**63", "found 9223372036854775808"]),
-    (["run=null"], ["run: expected a mapping with the keys name, storage, seed, found null"]),
+    (["run=null"], ["run: expected a mapping with the keys name, storage, seed, bits, found null"]),
     (["task.path=m:C"], ["task: expected exactly one of name, path", "'m:C'"]),
     (["task={path: module.Class}"], ["task.path", "module:name", "found 'module.Class'"]),
     (["stop.epochs=null"], ["stop: expected at least one of epochs, steps"]),

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from distgd import events as ev
-from distgd.driver import Account, Assignment, Cast, Driver, Finish, Log, Save, Spawn
+from distgd.assignment import Assignment, Cast
+from distgd.driver import Driver
+from distgd.effects import Account, Finish, Log, Save, Spawn
 from distgd.errors import BadInput, Diverged, ProcessLost, RunFailed
 from distgd.optim import OptimizerSpec, Schedule
 from distgd.sources import Order
@@ -111,7 +113,7 @@ class TestMembership:
         stage = Stage()
         effects = stage.give(4, ev.ProcessLost(4, "killed"))
         told = stage.sent(ev.MembershipChanged, effects)
-        assert [to for to, _ in told] == [1, 2, 3, 5, 6], "the one that is to come among them"
+        assert [to for to, _ in told] == [1, 2, 3, 5], "the one that is to come is told once it is there"
         assert {m.table for _, m in told} == {(3, 3, 5, 5)}
         assert {m.number for _, m in told} == {2}
         assert all(4 not in m.live and m.newest == 6 for _, m in told)
@@ -139,7 +141,7 @@ class TestMembership:
         stage.give(4, ev.ProcessLost(4, "killed"))
         effects = stage.give(6, ev.ProcessLost(6, "killed"))
         assert [e.incarnation for e in effects if isinstance(e, Spawn)] == [7]
-        assert stage.give(6, ev.ProcessReady(1, {})) == []
+        assert stage.give(6, ev.ProcessReady(1, {})) == [ev.Send(6, ev.Fenced(1))]
         assert stage.driver.cast.workers == (3, 7, 5)
 
     def test_with_no_worker_left_nobody_computes_until_one_comes(self) -> None:
@@ -197,10 +199,10 @@ class TestMembership:
         assert type(finish.error) is expected
         assert "worker 0: no such file" in str(finish.error)
 
-    def test_the_dead_and_other_timelines_are_not_heard(self) -> None:
+    def test_the_dead_are_told_and_other_timelines_are_not_heard(self) -> None:
         stage = Stage(staged=False)
         stage.give(4, ev.ProcessLost(4, "killed"))
-        assert stage.request(4) == []
+        assert stage.request(4) == [ev.Send(4, ev.Fenced(1))]
         assert stage.give(3, ev.LeaseRequested(2)) == []
 
 
@@ -307,20 +309,57 @@ class TestLedgerLines:
         assert {line["timeline"] for line in stage.lines()} == {1}
 
 
-class TestDiverged:
-    def test_a_skipped_step_names_step_and_slot(self) -> None:
+class TestPoison:
+    def poisoned(self, stage: Stage, step: int, slot: int, worker: int) -> list[Any]:
+        (stats,) = self.stats(stage, step, slot, worker)
+        return stage.give(SHARDS[0], ev.Poisoned(1, step, (slot,), (stats,)))
+
+    @staticmethod
+    def stats(stage: Stage, step: int, slot: int, worker: int) -> tuple[ev.SlotStats, ...]:
+        return tuple(replace(s, loss=float("nan"), worker=worker) for s in stage.stats(step, (slot,)))
+
+    def examined(self, stage: Stage, step: int, slot: int, *, bad: bool) -> list[Any]:
+        ((who, asked),) = stage.sent(ev.Examine)[-1:]
+        assert (asked.step, asked.slot) == (step, slot)
+        (stats,) = self.stats(stage, step, slot, who)
+        return stage.give(who, ev.Examined(1, step, bad, stats))
+
+    def test_another_worker_is_asked_and_where_it_finds_the_same_the_run_ends(self) -> None:
         stage = Stage()
         stage.commit(0)
-        stage.commit(1, bad=(2,))
+        self.poisoned(stage, 1, 2, worker=WORKERS[0])
+        ((who, _),) = stage.sent(ev.Examine)
+        assert who != WORKERS[0]
+        self.examined(stage, 1, 2, bad=True)
         (finish,) = stage.finish()
         assert isinstance(finish.error, Diverged)
         assert str(finish.error).startswith("step 1, slot 2: expected a finite loss")
         assert {line["step"] for line in stage.lines()} == {0}
 
-    def test_so_does_a_lease(self) -> None:
+    def test_who_is_asked_and_lost_is_not_waited_for(self) -> None:
+        stage = Stage()
+        self.poisoned(stage, 0, 2, worker=WORKERS[0])
+        ((who, _),) = stage.sent(ev.Examine)
+        stage.give(who, ev.ProcessLost(who, "killed"))
+        assert [to for to, _ in stage.sent(ev.Examine)] != [who]
+        assert len(stage.sent(ev.Examine)) == 2
+
+    def test_an_answer_of_somebody_else_says_nothing(self) -> None:
+        stage = Stage()
+        self.poisoned(stage, 0, 2, worker=WORKERS[0])
+        (stats,) = self.stats(stage, 0, 2, WORKERS[0])
+        assert stage.give(WORKERS[0], ev.Examined(1, 0, True, stats)) == []
+
+    def test_a_lease_is_given_to_another_worker_and_the_second_one_decides(self) -> None:
         stage = Stage(staged=False)
-        lease = TestLeases().granted(stage.request(3))[3]
-        stage.end(3, lease, bad=True)
+        lease = TestLeases().granted(stage.request(WORKERS[0]))[WORKERS[0]]
+        stage.end(WORKERS[0], lease, "poisoned", bad=True)
+        assert stage.finish() == []
+        mine = TestLeases().granted(stage.request(WORKERS[0]))[WORKERS[0]]
+        assert (mine.step, mine.slot) != (lease.step, lease.slot)
+        again = TestLeases().granted(stage.request(WORKERS[1]))[WORKERS[1]]
+        assert (again.step, again.slot, again.skip) == (lease.step, lease.slot, False)
+        stage.end(WORKERS[1], again, "poisoned", bad=True)
         (finish,) = stage.finish()
         assert isinstance(finish.error, Diverged)
         assert str(finish.error).startswith("step 0, slot 0: ")

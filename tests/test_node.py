@@ -16,7 +16,7 @@ import pytest
 from distgd import events as ev
 from distgd.transport import Endpoint, Place, segments
 from distgd.transport.node import AVAILABLE, INLINE
-from distgd.transport.segments import PAGE, Segment, Window
+from distgd.transport.segments import PAGE, Recycled, Segment, Window
 from distgd.wire import Codec
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="Linux only")
@@ -270,3 +270,21 @@ def test_each_peer_is_reached_the_shortest_way() -> None:
     finally:
         for endpoint in (worker, far, server):
             endpoint.close()
+
+
+def test_what_was_taken_is_taken_again_after_a_new_beginning_and_is_zero() -> None:
+    made: list[Any] = []
+
+    def allocate(size: int, dtype: str) -> Any:
+        made.append(np.zeros(size, dtype))
+        return made[-1]
+
+    take = Recycled(allocate)
+    first, second, other = take(5, "<f4"), take(5, "<f4"), take(5, "<f8")
+    first[:] = other[:] = 1.0
+    assert first is not second
+    take.begin()
+    again = [take(5, "<f4"), take(5, "<f8"), take(5, "<f4"), take(5, "<f4")]
+    assert [any(array is one for array in made[:3]) for one in again] == [True, True, True, False]
+    assert len({id(one) for one in again}) == 4
+    assert not any(one.any() for one in again)

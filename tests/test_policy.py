@@ -15,17 +15,22 @@ from distgd.policy import (
     Closed,
     Decide,
     Decided,
+    Decision,
     Drop,
+    Event,
     Filled,
     Hold,
     Immediate,
     Limit,
     Limited,
+    Made,
     Opened,
     Propose,
     Report,
+    Skipped,
     Staged,
     Survived,
+    Suspect,
     Withdrawn,
 )
 
@@ -82,12 +87,16 @@ class TestStaged:
         assert policy.handle(Filled(0, 0, 0, everything, frozenset())) == [], "a repeated report counts once"
         assert policy.handle(Filled(2, 0, 0, everything, frozenset())) == [Decide(0, everything, frozenset(), True)]
 
-    def test_a_bad_slot_on_one_shard_skips_the_step_on_all(self) -> None:
+    def test_a_bad_slot_on_one_shard_holds_the_step_back_on_all_until_it_is_skipped(self) -> None:
         policy = staged(slots=2, shards=2)
         policy.handle(Filled(0, 0, 0, slots_of(0, 1), frozenset()))
-        assert policy.handle(Filled(1, 0, 0, slots_of(0, 1), slots_of(1))) == [
-            Decide(0, slots_of(0, 1), slots_of(1), apply=False)
-        ]
+        assert policy.handle(Filled(1, 0, 0, slots_of(0, 1), slots_of(1))) == [Suspect(0, slots_of(0, 1), slots_of(1))]
+        assert policy.handle(Filled(1, 0, 0, slots_of(0, 1), frozenset())) == []
+        assert policy.handle(Limited(0)) == [Limit(1)], "it is under way"
+        assert policy.handle(Skipped(1)) == []
+        assert policy.handle(Skipped(0)) == [Decide(0, slots_of(0, 1), slots_of(1), apply=False)]
+        policy.handle(Decided(0, slots_of(0, 1), False))
+        assert policy.handle(Skipped(0)) == [], "said twice, it is done once"
 
     def test_a_quorum_counts_slots_that_every_shard_holds(self) -> None:
         policy = staged(quorum=2, shards=2)
@@ -171,6 +180,16 @@ def immediate(bound: int | None = None) -> Immediate:
     return Immediate(bound=bound, filled=lambda step: 4)
 
 
+def let(policy: Immediate, event: Event) -> list[Decision]:
+    """What is decided, with all that follows as each update is made."""
+    decisions: list[Decision] = []
+    todo = policy.handle(event)
+    while todo:
+        decisions += todo
+        todo = policy.handle(Made()) if any(isinstance(d, ApplyPush) for d in todo) else []
+    return decisions
+
+
 def push(worker: int, lease: int, slot: int, step: int = 0) -> Arrived:
     return Arrived((worker, lease), step, (slot, slot + 1))
 
@@ -180,37 +199,37 @@ class TestImmediate:
         policy = immediate()
         policy.handle(Opened((1, 1), 0, 0))
         policy.handle(Opened((2, 2), 0, 1))
-        assert policy.handle(push(1, 1, 0))[-1] == ApplyPush((1, 1), 0, True)
-        assert policy.handle(push(2, 2, 1))[-1] == ApplyPush((2, 2), 1, True)
+        assert let(policy, push(1, 1, 0))[-1] == ApplyPush((1, 1), 0, True)
+        assert let(policy, push(2, 2, 1))[-1] == ApplyPush((2, 2), 1, True)
 
     def test_a_bound_holds_what_would_make_another_read_too_stale(self) -> None:
         policy = immediate(bound=0)
         policy.handle(Opened((1, 1), 0, 0))
         policy.handle(Opened((2, 2), 0, 1))
-        assert policy.handle(push(1, 1, 0)) == [Hold((1, 1))]
-        assert policy.handle(Closed((2, 2))) == [ApplyPush((1, 1), 0, True)], "the other read is gone"
+        assert let(policy, push(1, 1, 0)) == [Hold((1, 1))]
+        assert let(policy, Closed((2, 2))) == [ApplyPush((1, 1), 0, True)], "the other read is gone"
 
     def test_a_read_asked_twice_keeps_its_first_version(self) -> None:
         policy = immediate()
         policy.handle(Opened((1, 1), 0, 0))
         policy.handle(Opened((2, 2), 0, 1))
-        policy.handle(push(2, 2, 1))
+        let(policy, push(2, 2, 1))
         policy.handle(Opened((1, 1), 0, 0))
-        assert policy.handle(push(1, 1, 0))[-1] == ApplyPush((1, 1), 1, True)
+        assert let(policy, push(1, 1, 0))[-1] == ApplyPush((1, 1), 1, True)
 
     def test_a_slot_is_applied_once(self) -> None:
         policy = immediate()
         policy.handle(Opened((1, 1), 0, 0))
         policy.handle(Opened((2, 2), 0, 0))
-        policy.handle(push(1, 1, 0))
-        assert policy.handle(push(2, 2, 0)) == [Drop((2, 2), "covered")]
+        let(policy, push(1, 1, 0))
+        assert let(policy, push(2, 2, 0)) == [Drop((2, 2), "covered")]
         assert policy.reads == {}, "covered closes the read"
         policy.handle(Opened((3, 3), 0, 0))
         assert policy.reads == {}, "no read is opened for a covered slot"
 
     def test_a_push_without_an_open_read_is_refused(self) -> None:
         policy = immediate(bound=1)
-        assert policy.handle(push(1, 1, 0)) == [Drop((1, 1), "gone")]
+        assert let(policy, push(1, 1, 0)) == [Drop((1, 1), "gone")]
         policy.handle(Closed((2, 2)))
         assert policy.handle(Opened((2, 2), 0, 0)) == [Drop((2, 2), "gone")], "an expired lease opens nothing"
 
@@ -218,14 +237,25 @@ class TestImmediate:
         policy = immediate(bound=0)
         policy.handle(Opened((1, 1), 0, 0))
         policy.handle(Opened((2, 2), 0, 1))
-        policy.handle(push(1, 1, 0))
-        assert ApplyPush((1, 1), 0, True) in policy.handle(Survived(frozenset({1})))
+        let(policy, push(1, 1, 0))
+        assert ApplyPush((1, 1), 0, True) in let(policy, Survived(frozenset({1})))
 
     def test_a_gradient_that_is_not_finite_counts_without_effect(self) -> None:
         policy = immediate()
         policy.handle(Opened((1, 1), 0, 0))
         bad = Arrived((1, 1), 0, (0, 1), bad=slots_of(0))
-        assert policy.handle(bad)[-1] == ApplyPush((1, 1), 0, apply=False)
+        assert let(policy, bad)[-1] == ApplyPush((1, 1), 0, apply=False)
+
+    def test_updates_are_let_through_one_by_one(self) -> None:
+        """What is applied is what is in the weights, also between two that became feasible together."""
+        policy = immediate(bound=2)
+        for worker in (1, 2, 3):
+            policy.handle(Opened((worker, worker), 0, worker))
+        policy.held = {(w, w): push(w, w, w) for w in (1, 2, 3)}
+        seen = [policy.handle(Closed((9, 9))), policy.handle(Survived(frozenset({1, 2, 3})))]
+        assert [len(policy.applied["slots"]), *map(len, seen)] == [1, 1, 0]
+        assert [type(d) for d in policy.handle(Made())] == [ApplyPush]
+        assert (policy.version, len(policy.applied["slots"])) == (2, 2)
 
 
 def bounded_run(bound: int, workers: int, seed: int, *, limit: int, lost: bool = True) -> tuple[int, bool]:
@@ -250,14 +280,14 @@ def bounded_run(bound: int, workers: int, seed: int, *, limit: int, lost: bool =
         key = rng.choice(moves)
         step, slot = open_leases[key]
         if lost and rng.random() < 0.05:
-            decisions = policy.handle(Closed(key))
+            decisions = let(policy, Closed(key))
             todo.append(open_leases.pop(key))
             del phase[key]
         elif phase[key] == "granted":
             decisions = policy.handle(Opened(key, step, slot))
             phase[key] = "reading"
         else:
-            decisions = policy.handle(Arrived(key, step, (slot, slot + 1)))
+            decisions = let(policy, Arrived(key, step, (slot, slot + 1)))
             phase[key] = "pushed"
         for decision in decisions:
             if isinstance(decision, ApplyPush):

@@ -121,7 +121,7 @@ def clean(path: Path) -> bool:
 @pytest.fixture(scope="module", autouse=True)
 def without_pictures() -> Iterator[None]:
     """The report takes longer than such a run, and has tests of its own."""
-    with mock.patch("distgd.trainer.write_report", lambda run_dir: run_dir / "report" / "index.html"):
+    with mock.patch("distgd.run.write_report", lambda run_dir: run_dir / "report" / "index.html"):
         yield
 
 
@@ -304,7 +304,7 @@ def test_storage_that_the_driver_does_not_share_is_found_before_the_first_step(
     monkeypatch.setattr(Writing, "finish", elsewhere)
     seen: list[str] = []
     with pytest.raises(
-        BadInput, match=r"^run.storage: expected a folder for checkpoints.*though shard \d has written it"
+        BadInput, match=r"^run.storage: expected a place for checkpoints.*though shard \d has written it"
     ):
         run(tmp_path, watch=lambda event: seen.append(event["event"]))
     assert "step" not in seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -76,11 +77,13 @@ def members(number: int, *workers: int, newest: int = B) -> ev.MembershipChanged
     return ev.MembershipChanged(1, number, frozenset({ev.DRIVER, 1, 2, 3, *workers}), newest, ())
 
 
-def performed(effects: Iterable[ev.Effect]) -> Iterator[ev.Send]:
-    """What is sent, updates being made."""
+def performed(effects: Iterable[ev.Effect], stored: list[ev.Store] | None = None) -> Iterator[ev.Send]:
+    """What is sent, updates being made; what is for files goes to `stored`."""
     for effect in effects:
         if isinstance(effect, ev.Update):
-            yield from performed(effect.effects)
+            yield from performed(effect.effects, stored)
+        elif isinstance(effect, ev.Store) and stored is not None:
+            stored.append(effect)
         else:
             assert isinstance(effect, ev.Send)
             yield effect
@@ -107,6 +110,7 @@ class Wire:
         self.quorum = quorum or len(WEIGHTS)
         self.links: dict[tuple[int, int], deque[Any]] = defaultdict(deque)
         self.heard: dict[int, list[Any]] = defaultdict(list)  # what driver and workers got
+        self.stored: list[ev.Store] = []
         self.shards = []
         for part in LAYOUT.slices(shards):
             weights = initial()[part.start : part.stop].clone()
@@ -129,7 +133,7 @@ class Wire:
 
     def give(self, source: int, event: Any, shard: int = 0) -> list[ev.Effect]:
         """Deliver at once and deliver what follows."""
-        effects = list(performed(self.shards[shard].handle(source, event)))
+        effects = list(performed(self.shards[shard].handle(source, event), self.stored))
         self._post(shard + 1, effects)
         self.drain()
         return list[ev.Effect](effects)
@@ -145,7 +149,7 @@ class Wire:
             self._post(to, self.shards[to - 1].handle(source, event))
 
     def _post(self, source: int, effects: Iterable[ev.Effect]) -> None:
-        for effect in performed(effects):
+        for effect in performed(effects, self.stored):
             if effect.to in self.rules.incarnations:
                 self.links[source, effect.to].append(effect.message)
             else:
@@ -361,6 +365,10 @@ class TestNotFinite:
         before = wire.weights.clone()
         wire.push_all(0, [(0, 1), (1, 2), (3, 4), (4, 5)])
         wire.push_all(0, [(2, 3)], bad=(2,))
+        (held,) = [m for m in wire.heard[ev.DRIVER] if isinstance(m, ev.Poisoned)]
+        assert (held.step, held.bad, [s.slot for s in held.stats]) == (0, (2,), [2])
+        assert (wire.versions(), wire.committed()) == ({0}, [])
+        wire.give(ev.DRIVER, ev.Skip(1, 0))
         (committed,) = wire.committed()
         assert not committed.applied
         assert committed.bad == (2,)
@@ -373,6 +381,8 @@ class TestNotFinite:
     def test_buffers_of_a_skipped_step_are_not_committed(self) -> None:
         wire = Wire()
         wire.push_all(0, [ALL], bad=(3,), buffers=9)
+        wire.give(ev.DRIVER, ev.Skip(1, 0))
+        assert wire.versions() == {1}
         assert (wire.shards[0].buffers_version, wire.shards[0].buffers[0]) == (0, 0)  # type: ignore[index]
 
 
@@ -416,6 +426,14 @@ class TestPulls:
         (sent,) = wire.heard[A]
         assert not np.shares_memory(sent.weights, wire.shards[0].weights.numpy())
 
+    @pytest.mark.parametrize("bound", [None, 3])
+    def test_under_leases_an_answer_is_a_copy_of_one_version(self, bound: int | None) -> None:
+        """Others' pushes are applied while it is read."""
+        wire = Wire(policy=Immediate(bound=bound, filled=lambda step: len(WEIGHTS)))
+        wire.give(A, ev.PullRequested(1, 0, 0, 1, 0, 0))
+        (sent,) = wire.heard[A]
+        assert not np.shares_memory(sent.weights, wire.shards[0].weights.numpy())
+
     def test_an_older_version_is_answered_with_the_present_one(self) -> None:
         wire = Wire()
         wire.push_all(0, [ALL])
@@ -439,6 +457,12 @@ class TestFencing:
         assert wire.versions() == {0}
         wire.push_all(0, [ALL])
         assert wire.versions() == {1}
+
+    def test_the_dead_of_another_timeline_and_those_without_a_machine_are_told(self) -> None:
+        wire = Wire()
+        wire.give(ev.DRIVER, replace(members(2, A), nodes=((A,), tuple(wire.rules.incarnations))))
+        for timeline in (0, 1):
+            assert wire.give(B, ev.PullRequested(timeline, 0, 0)) == [ev.Send(B, ev.Fenced(1))]
 
     def test_what_the_dead_pushed_while_they_lived_counts(self) -> None:
         wire = Wire()
@@ -524,6 +548,8 @@ class TestSnapshots:
         wire = Wire(2)
         wire.give(ev.DRIVER, ev.TakeSnapshot(1, 1, 1))
         wire.push_all(0, [ALL], bad=(0,))
+        assert wire.versions() == {0}
+        wire.give(ev.DRIVER, ev.Skip(1, 0))
         assert [p.version for p in self.pulled(wire, 1)] == [1, 1]
 
     def test_a_reader_that_came_early_gets_it_when_it_exists(self) -> None:
@@ -581,6 +607,21 @@ class TestImmediately:
             wire.give(A, lease_push(lease, slot, step))
             changes.append(round(float((before - wire.weights).max()), 3))
         assert changes == [1.0] * 5 + [0.5] * 5
+
+    def test_a_file_says_of_its_own_weights_what_is_in_them(self) -> None:
+        """Two pushes become feasible at once, and the version between them is written."""
+        wire = self.wire(bound=1)
+        for worker, lease, slot in ((A, 1, 0), (B, 2, 1), (A, 3, 2)):
+            wire.give(worker, self.pull(lease, slot))
+        wire.give(A, lease_push(1, 0))
+        wire.give(B, lease_push(2, 1))
+        assert wire.versions() == {0}, "both wait for the third read"
+        wire.give(ev.DRIVER, ev.TakeSnapshot(1, -1, 1))
+        wire.give(ev.DRIVER, ev.LeaseExpired(1, A, 3))
+        assert wire.versions() == {2}
+        for store in wire.stored:
+            assert (store.version, json.loads(store.applied)) == (1, {"steps": 0, "slots": [[0, 0]]})
+        assert wire.stored
 
     def test_every_push_is_answered_once(self) -> None:
         wire = self.wire(bound=0)

@@ -153,7 +153,7 @@ def test_a_run_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
     assert len(run.data.params) == 150 and {len(value) for value in run.data.params.values()} == {6000}
-    assert run.data.tags["bits"] == "promised" and run.data.tags["result.bits"] == "b"
+    assert run.data.tags["bits"] == run.data.tags["result.bits"] == "b", "what was said at the start is said anew"
     assert (run.data.tags["result.status"], run.data.tags["result.steps"]) == ("completed", "105")
     assert {name: v for name, v in run.data.metrics.items() if name.startswith("result")} == {"result/wall_s": 1.5}
     steps = [metric.step for metric in client.get_metric_history(tracker.run_id, "train/loss")]

@@ -389,12 +389,56 @@ def test_the_listener_takes_the_newer_of_two_connections_of_one_peer(
     worker.send(SERVER, Note(0))
     arrived(1, server, worker, relay)
     relay.pairs[0][0].close()  # at the worker's side only
-    server.send(WORKER, Note(1))  # lost
-    worker.send(SERVER, Note(2))  # lost, or sent over the new one
+    server.send(WORKER, Note(1))
+    worker.send(SERVER, Note(2))
     run_until(lambda _: len(relay.said) == 2, server, worker, relay, lambda: worker.send(SERVER, Note(3)))
     run_until(lambda mail: (0, WORKER, Note(3)) in mail, server, worker, relay)
     server.send(WORKER, Note(4))
     run_until(lambda mail: (1, SERVER, Note(4)) in mail, server, worker, relay)
+
+
+def broken_again_and_again(seed: int, open_endpoint: Open, open_relay: Callable[[str], Relay]) -> list[list[Any]]:
+    """What each end hears of the other's 60 messages, large ones among them, as connections break."""
+    chance, count = random.Random(seed), 60
+    server, worker = open_endpoint(SERVER, "all"), open_endpoint(WORKER)
+    relay = open_relay(address(server))
+    worker.connect(SERVER, relay.address)
+    heard: list[list[Any]] = [[], []]
+    sent, breaks, until = [0, 0], 0, time.monotonic() + DEADLINE
+    while min(map(len, heard)) < count and time.monotonic() < until:
+        for place, (end, to) in enumerate(((server, WORKER), (worker, SERVER))):
+            if sent[place] < count and chance.random() < 0.5:
+                size = chance.choice([0, 3, 5000, 300_000])
+                end.send(to, Note(sent[place], values=np.full(size, sent[place], np.float32)))
+                sent[place] += 1
+            if (mail := end.receive(0.0)) is not None:
+                heard[place].append(mail[1])
+        relay.turn()
+        if breaks < 12 and chance.random() < 0.1:
+            relay.breaks()
+            relay.pairs.clear()
+            breaks += 1
+    assert breaks >= 3
+    return heard
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_breaks_between_two_that_live_everything_arrives_once_and_in_order(
+    open_endpoint: Open, open_relay: Callable[[str], Relay], seed: int
+) -> None:
+    for heard in broken_again_and_again(seed, open_endpoint, open_relay):
+        assert [note.number for note in heard] == list(range(60))
+        assert all((note.values == note.number).all() for note in heard)
+
+
+def test_without_a_session_it_would_not(
+    open_endpoint: Open, open_relay: Callable[[str], Relay], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The twin: nothing is sent again."""
+    monkeypatch.setattr("distgd.transport.session.Session.rest", lambda session: [])
+    monkeypatch.setattr(sys.modules[__name__], "DEADLINE", 3.0)
+    lost = [60 - len(heard) for heard in broken_again_and_again(0, open_endpoint, open_relay)]
+    assert max(lost) > 0
 
 
 # Strangers.

@@ -315,6 +315,11 @@ class TestEnds:
         desk.give(ev.Fenced(1), SHARDS[0])
         assert "fenced" in desk.ended[0].why
 
+    def test_fenced_by_a_timeline_that_it_was_left_behind_by(self, mode: str) -> None:
+        desk = Desk(mode)
+        desk.give(ev.Fenced(2), SHARDS[0])
+        assert "fenced" in desk.ended[0].why
+
     def test_not_among_the_living(self, mode: str) -> None:
         desk = Desk(mode)
         desk.give(ev.MembershipChanged(1, 1, frozenset({0, *SHARDS, OTHER}), OTHER, ()))
@@ -328,7 +333,7 @@ class TestEnds:
 
     def test_another_timeline_has_no_effect(self, mode: str) -> None:
         desk = Desk(mode)
-        for event in (ev.Stop(2), ev.Fenced(0), ev.MembershipChanged(2, 9, frozenset({ME}), ME, (ME,) * SLOTS)):
+        for event in (ev.Stop(2), ev.MembershipChanged(2, 9, frozenset({ME}), ME, (ME,) * SLOTS)):
             assert desk.give(event) == []
         assert not desk.ended
 

@@ -30,6 +30,17 @@ def folder_name(version: int, timeline: int) -> str:
     return f"v{version}-t{timeline}"
 
 
+def version_of(name: str) -> int:
+    """The version that a folder's name tells.
+
+    >>> version_of("v7-t1")
+    7
+    """
+    named = PATTERN.fullmatch(name)
+    assert named is not None, name
+    return int(named[1])
+
+
 def file_name(shard: int, incarnation: int) -> str:
     """The file that an incarnation writes of a shard.
 
@@ -45,6 +56,11 @@ class Checkpoint:
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def version(self) -> int:
+        """What it is called by."""
+        return version_of(self.folder.name)
 
     @property
     def files(self) -> list[tuple[Path, int, int]]:
@@ -108,10 +124,13 @@ class Restored:
     applied: str
 
 
-def restore(folder: Path, part: Slice, layout: Layout) -> Restored:
+def restore(folder: Path, part: Slice, layout: Layout, files: Collection[str] | None = None) -> Restored:
     """Read a part of a checkpoint that has been checked: by the driver, or by whoever copied it.
 
     A checkpoint whose shards had applied different slots has parts of the same cut alone.
+
+    Args:
+        files: those that are there, among them all that the part needs; None for every one.
 
     Raises:
         Damaged: it is not whole, or its shards are of other versions and cut otherwise.
@@ -123,7 +142,8 @@ def restore(folder: Path, part: Slice, layout: Layout) -> Restored:
     if len(of) != 1:
         raise Damaged(f"{folder}: its shards had applied different slots, so that they cannot be cut anew")
     ((version, applied),) = of
-    return Restored(read(part, layout, whole.files), version, first.buffers_version, applied)
+    there = [each for each in whole.files if files is None or each[0].name in files]
+    return Restored(read(part, layout, there), version, first.buffers_version, applied)
 
 
 def newest(checkpoints: Path, run: str, damaged: list[str]) -> Checkpoint | None:

@@ -49,8 +49,8 @@ class Manifest:
         facts: what has to be the same when the run goes on, beyond its config: how data is cut, sizes, the schedule.
         progress: the driver's counts; its own business.
         config: the resolved config.
-        software: versions of what computed it.
-        bits: whether the weights are promised to be the same anywhere.
+        software: versions of what computed it, and of its first worker and shard the canary and the machine.
+        bits: whether the weights are promised to be the same on any machines of that kind.
     """
 
     run: str

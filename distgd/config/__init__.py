@@ -12,7 +12,7 @@ Here is no torch and no Ray, and nothing is looked up outside the file and the a
 task's and the optimizer's own arguments are checked, by who uses them.
 
 >>> config = load({"task": "digits", "stop": {"epochs": 1}}, ["optimizer.lr=0.1"])
->>> config.optimizer.lr, config.cluster.workers
+>>> config.optimizer.lr, config.cluster.workers.max
 (0.1, 2)
 """
 
@@ -34,6 +34,7 @@ from distgd.config.sections import (
     Run,
     Schedule,
     Tracking,
+    Workers,
 )
 from distgd.config.stop import Best, Patience, Stop, Target, better
 from distgd.config.task import PIECES, TaskSection
@@ -63,6 +64,7 @@ __all__ = [
     "TargetColumn",
     "TaskSection",
     "Tracking",
+    "Workers",
     "better",
     "docs_markdown",
     "json_schema",

@@ -44,6 +44,8 @@ class Run(Section):
     """The folder in which run folders are made."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the initial weights, the order of the data and every random number of a slot."""
+    bits: Literal["auto", "strict"] = "auto"
+    """Where a machine computes other bits than the first: auto admits it and marks the run, strict refuses it."""
 
 
 class Batch(Section):
@@ -122,6 +124,14 @@ class Consistency(Section):
     """Slots that are enough for a step, later ones are dropped; null is all of them; only with sync."""
     scale_lr: bool = False
     """Divide the learning rate by the staleness of each gradient; not with sync."""
+    on_poison: Literal["stop", "skip"] = "stop"
+    """What happens to a slot that is not finite, computed by two workers: the run ends, or it counts without effect."""
+    max_grad_norm_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A slot whose gradient norm is above so many times the median of the last 64 is as one that is not finite."""
+    max_skips: Count = 10
+    """Steps (sync) or slots that may be skipped, with on_poison skip; the next one ends the run."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """Where such a slot would end the run: it ends, or goes back to the last checkpoint and on behind that step."""
 
     @model_validator(mode="before")
     @classmethod
@@ -142,6 +152,42 @@ class Consistency(Section):
         return self
 
 
+NUMBER_OR_RANGE = "a whole number, at least 1, or {min: A, max: B}"
+
+
+class Workers(Section):
+    """How many there may be, `N` or `{min: A, max: B}`: the run begins with `min`, and grows as there is room."""
+
+    model_config = ConfigDict(json_schema_extra={"expected": NUMBER_OR_RANGE})
+
+    min: Count
+    """So many are waited for at the start."""
+    max: Count
+    """So many there are at most."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_range(cls, given: Any) -> Any:
+        if isinstance(given, int) and not isinstance(given, bool) and given > 0:
+            return {"min": given, "max": given}
+        if not isinstance(given, Mapping | Workers):
+            refuse("", NUMBER_OR_RANGE, given, "correct it, or leave it out for 2")
+        return given
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            refuse("cluster.workers.min", f"at most cluster.workers.max={self.max}", self.min, "lower it")
+        return self
+
+    @model_serializer(mode="plain")
+    def _short(self) -> int | dict[str, int]:
+        return self.max if self.min == self.max else {"min": self.min, "max": self.max}
+
+    def __str__(self) -> str:
+        return str(self.max) if self.min == self.max else f"{self.min} to {self.max}"
+
+
 class Cluster(Section):
     """Processes and machines."""
 
@@ -149,8 +195,8 @@ class Cluster(Section):
     """ray: actors on one or many machines; inprocess: everything on one thread, for debugging."""
     address: Text | None = None
     """A running Ray cluster, as host:port or auto; null starts one on this machine; only with ray."""
-    workers: Count = 2
-    """Processes that compute gradients."""
+    workers: Workers = Workers(min=2, max=2)
+    """Processes that compute gradients; with {min: A, max: B} the run begins with A and grows to B as there is room."""
     servers: Count = 1
     """Processes that hold the weights, a shard each."""
     cpus: Amount = 1.0
@@ -167,6 +213,8 @@ class Cluster(Section):
     """Threads of a worker's torch; part of what decides the bits."""
     start_timeout: Positive | None = None
     """Seconds that all processes have to start; null is 90 on this machine and 600 by address."""
+    standby: bool = True
+    """Keep an idle process on each machine with memory for it, to take over from one that is lost; not inprocess."""
     deadline: Positive = 300.0
     """Seconds without a commit and without an evaluation after which the run ends: longer than any one takes."""
 
@@ -250,6 +298,20 @@ class Checkpoint(Section):
     """How often, beside training; null keeps none at all."""
     keep: Count = 2
     """So many of the newest are kept."""
+    storage: Text | None = None
+    """An object store for them, such as s3://bucket/folder; null is the run folder, which all machines share then."""
+    keep_best: bool = False
+    """Keep also the newest one that is not beyond the best evaluation; with every as eval.every it is of that step."""
+    record: bool = True
+    """Record every update in bounded and async mode, so that distgd replay can repeat the run bit for bit."""
+
+    @field_validator("storage")
+    @classmethod
+    def _somewhere_else(cls, given: str | None) -> str | None:
+        if given is not None and "://" not in given:
+            do = "for a folder that all machines share set run.storage"
+            refuse("checkpoint.storage", "a URI, such as s3://bucket/folder", given, do)
+        return given
 
 
 class Transport(Section):
@@ -272,6 +334,13 @@ class Tracking(Section):
     """More trackers, as module:Class: a class with the methods start(info), log(event) and finish(end)."""
 
 
+class Faults(Section):
+    """Faults that are injected on purpose, to rehearse what a run does about them."""
+
+    plan: Text | None = None
+    """A file that lists faults: what, whom, when (docs/faults.md); null injects none."""
+
+
 class Config(Section):
     """A whole run. Made by `distgd.config.load`; equal configs, seeds and data give equal bits in sync mode."""
 
@@ -288,6 +357,7 @@ class Config(Section):
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
+    faults: Faults = Faults()
 
     @field_validator("task", mode="before")
     @classmethod
@@ -300,6 +370,39 @@ class Config(Section):
         if quorum is not None and slots is not None and quorum > slots:
             do = "lower it, or cut the batch in more slots"
             refuse("consistency.quorum", f"at most batch.slots={slots}", quorum, do)
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_all(self) -> Self:
+        slots, workers = self.batch.slots, self.cluster.workers
+        if slots is not None and workers.min < workers.max > slots:
+            do = "a worker without a slot would be idle; lower it, or cut the batch in more slots"
+            refuse("cluster.workers.max", f"at most batch.slots={slots}", workers.max, do)
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        if self.checkpoint.keep_best and self.eval.best is None:
+            refuse("checkpoint.keep_best", "false without eval.best", True, "set eval.best={metric: eval/loss}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_go_back(self) -> Self:
+        if self.consistency.on_divergence == "rollback" and self.checkpoint.every is None:
+            refuse("consistency.on_divergence", "stop with checkpoint.every=null", "rollback", "keep checkpoints")
+        return self
+
+    @model_validator(mode="after")
+    def _strict_can_be_promised(self) -> Self:
+        if self.run.bits == "auto":
+            return self
+        mode, quorum, dtype = self.consistency.mode, self.consistency.quorum, self.transport.dtype
+        why = f"consistency.mode={mode}" if mode != "sync" else None
+        why = why or (f"consistency.quorum={quorum}" if quorum is not None and quorum != self.batch.slots else None)
+        why = why or (f"transport.dtype={dtype}" if dtype != "model" else None)
+        why = why or ("consistency.on_divergence=rollback" if self.consistency.on_divergence == "rollback" else None)
+        if why is not None:
+            refuse("run.bits", f"auto with {why}", self.run.bits, "no bits are promised there; remove one of the two")
         return self
 
     def to_yaml(self) -> str:

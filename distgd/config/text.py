@@ -8,13 +8,15 @@ null, booleans, numbers, text, lists and mappings comes out, and no object is ev
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
 from distgd.errors import BadInput
 
 MOST_NODES, DEEPEST = 10_000, 40
+Built = TypeVar("Built")
 
 _CORE = {
     "null": r"~|null|Null|NULL|",
@@ -74,9 +76,36 @@ def parse(text: str, where: str) -> Any:
     Raises:
         BadInput: not YAML, or one of the things that this module refuses; the message begins with `where`.
     """
+    return _composed(text, where, lambda node: None if node is None else _Builder().build(node, 0))
+
+
+def parse_list(text: str, where: str) -> list[tuple[Any, dict[str, int]]] | None:
+    """The values of a document that is a list, each with the line of each of its keys: `a.b` in `a`, "" for itself.
+
+    None for any other document.
+    """
+
+    def build(node: yaml.Node | None) -> list[tuple[Any, dict[str, int]]] | None:
+        if not isinstance(node, yaml.SequenceNode):
+            return None
+        builder = _Builder()
+        return [(builder.build(item, 1), dict(_lines(item, ""))) for item in node.value]
+
+    return _composed(text, where, build)
+
+
+def _lines(node: yaml.Node, key: str) -> Iterator[tuple[str, int]]:
+    yield key, node.start_mark.line + 1
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = f"{key}.{name.value}".lstrip(".")
+            yield from _lines(value, inner)
+            yield inner, name.start_mark.line + 1
+
+
+def _composed(text: str, where: str, build: Callable[[yaml.Node | None], Built]) -> Built:
     try:
-        node = yaml.compose(text, Loader=_Composer)
-        return None if node is None else _Builder().build(node, 0)
+        return build(yaml.compose(text, Loader=_Composer))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""

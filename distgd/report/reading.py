@@ -87,6 +87,8 @@ class Reading:
         """The run in one line."""
         task = self.key("task.name") or self.key("task.path") or "task"
         workers, servers = self.key("cluster.workers", "?"), self.key("cluster.servers", "?")
+        if isinstance(workers, Mapping):
+            workers = f"{workers.get('min')} to {workers.get('max')}"
         known = [task, self.key("consistency.mode", "?"), _many(workers, "worker"), _many(servers, "server")]
         return f"{self.name}: {', '.join(map(str, known))}" if self.config else self.name
 

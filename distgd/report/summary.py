@@ -76,6 +76,7 @@ _RESULT = (  # key of the result, what it is called, how it is written
     ("late_slots", "late slots", "{:,}"),
     ("skipped_evaluations", "skipped evaluations", "{:,}"),
     ("bits", "bits", "{}"),
+    ("faults", "faults", "{} on purpose"),
     ("weights_sha256", "weights_sha256", "{}"),
     ("mlflow_run_id", "MLflow run", "{}"),
 )

@@ -86,7 +86,9 @@ class Store:
         run = self._client.create_run(
             self._experiment_id, start_time=self._started_ms, tags=tags, run_name=self._info.name
         )
-        self._note.write_text(json.dumps({"uri": self.uri, "run_id": run.info.run_id}), encoding="utf-8")
+        part = self._note.with_suffix(".part")  # a kill leaves the whole note or none
+        part.write_text(json.dumps({"uri": self.uri, "run_id": run.info.run_id}), encoding="utf-8")
+        part.replace(self._note)
         self.run_id = run.info.run_id
 
     @property
@@ -201,6 +203,10 @@ class Store:
         plain = {k: value for k, value in result.items() if "/" not in k and isinstance(value, (int, float, str))}
         numbers = {f"result/{name}": plain.pop(name) for name in COMPARED if name in plain}
         tags = [RunTag(_key(f"result.{name}"), str(value)) for name, value in plain.items() if name not in TOLD]
+        if result.get("faults"):  # a run that goes on may have begun without
+            tags.append(RunTag("faults", "injected"))
+        if "bits" in result:  # what was said at the start may not hold any more
+            tags.append(RunTag("bits", str(result["bits"])))
         metrics = self._metrics(numbers, self._last_step, time.time() - self._started_ms / 1000)
         self._client.log_batch(self.run_id, metrics=metrics, tags=tags, synchronous=True)
 

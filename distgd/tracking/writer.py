@@ -47,9 +47,17 @@ class Mlflow:
             goes on, about 700 for 1,000 steps and 2,400 for a million.
         every_seconds: takes the place of `every_steps` where it is given.
         deadline: seconds that `finish` waits at most. A store that never answered is not waited for.
+        store: makes the run's place in the store.
     """
 
-    def __init__(self, every_steps: int | None = 1, every_seconds: float | None = None, deadline: float = 60.0) -> None:
+    def __init__(
+        self,
+        every_steps: int | None = 1,
+        every_seconds: float | None = None,
+        deadline: float = 60.0,
+        store: Callable[[RunInfo], Store] = Store,
+    ) -> None:
+        self._make_store = store
         self._every = every_steps
         self._every_seconds = every_seconds
         self._shown, self._shown_step = 0.0, 0
@@ -77,7 +85,7 @@ class Mlflow:
             if name not in os.environ:
                 os.environ[name] = value
                 self._settings.append(name)
-        self._store = Store(info)
+        self._store = self._make_store(info)
         self._thread = threading.Thread(target=self._write, args=(self._store,), name="distgd-mlflow", daemon=True)
         self._thread.start()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 INTRODUCTION, MESSAGE = b"I", b"D"  # what a record is
+RESUMED, CONFIRMED = b"R", b"C"  # how many messages this end has taken: when a connection is made, and later
 
 Record = tuple[bytes, list[Any]]
 """Its kind, and its frames: bytes-like, small ones before all others."""

@@ -1,8 +1,8 @@
 """One process's place among all others: who is reached how, and who is let in.
 
 Peers of the same machine are reached over `node`, others over `tcp`. A TCP connection that breaks is made anew by the
-end that dialed, and both prove themselves again; what was under way is lost. A broken one within a machine means that
-the other process is gone, and what is sent to it is sent in vain.
+end that dialed, both prove themselves again, and what was under way is sent again (`session`). A broken one within a
+machine means that the other process is gone, and what is sent to it is sent in vain.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import math
 import selectors
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -21,9 +22,10 @@ import numpy as np
 
 import distgd.transport.node as node  # not from the package, which imports this module
 import distgd.transport.tcp as tcp
-from distgd.transport.channel import INTRODUCTION, MESSAGE, Channel
+from distgd.transport.channel import CONFIRMED, INTRODUCTION, MESSAGE, RESUMED, Channel
 from distgd.transport.proof import STRANGERS, Identity, Introduction, Refused
 from distgd.transport.segments import Array
+from distgd.transport.session import Session
 from distgd.wire import Codec, MalformedMessage
 
 log = logging.getLogger("distgd.transport")
@@ -32,6 +34,7 @@ LINGER = 1.0  # seconds that what was sent last may take to prove itself and to 
 PATIENCE = 0.005  # seconds between two looks at whether it has left
 REDIAL = 0.05, 1.0  # seconds until a broken connection is made anew: the first time, and at most
 NODE, TCP = "node", "tcp"  # what an address begins with, and a colon
+_COUNT = struct.Struct("<Q")
 _READ, _BOTH = selectors.EVENT_READ, selectors.EVENT_READ | selectors.EVENT_WRITE
 
 
@@ -54,8 +57,15 @@ class _Link:
     connected: bool = True
     watched: int = _READ
     peer: int = -1  # who has proved himself to be at the other end
+    session: Session[list[Any]] | None = None  # with the peer, over TCP
+    resumed: bool = False  # whether the peer has said what it has taken (TCP), so that all else can be sent
     unsent: deque[list[Any]] = field(default_factory=deque)  # until somebody has
     delay: float = REDIAL[0]
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is something to send once both ends have proved themselves."""
+        return bool(self.unsent or (self.session and self.channel and not self.resumed and self.session.rest()))
 
     @property
     def gone(self) -> bool:
@@ -109,6 +119,7 @@ class Endpoint:
         self._selector = selectors.DefaultSelector()
         self._links: dict[_Link, None] = {}  # in the order in which they came
         self._link_to: dict[int, _Link] = {}  # by peer: dialed, or proved
+        self._sessions: dict[int, Session[list[Any]]] = {}  # by peer, over TCP
         self._waiting: dict[int, deque[list[Any]]] = {}  # for peers that have not dialed yet
         self._inbox: deque[tuple[int, list[Any]]] = deque()
         self._broken: dict[_Link, float] = {}  # when each is to be dialed again
@@ -154,6 +165,10 @@ class Endpoint:
         link = self._link_to.get(to)
         if link is None:
             self._waiting.setdefault(to, deque()).append(frames)
+        elif link.session is not None:
+            link.session.add(frames)
+            if link.resumed:
+                self._put(link, MESSAGE, frames)
         elif link.peer >= 0:
             self._put(link, MESSAGE, frames)
         elif not link.gone:
@@ -217,16 +232,38 @@ class Endpoint:
     def _read(self, link: _Link, channel: Channel) -> None:
         try:
             for kind, frames in channel.receive():
-                if kind == INTRODUCTION:
+                if kind == MESSAGE:
+                    self._inbox.append((link.peer, frames))
+                    if link.session is not None and link.session.took(sum(map(len, frames))):
+                        self._confirm(link.peer, link.session)
+                elif kind == INTRODUCTION:
                     self._introduced(link, frames)
                 else:
-                    self._inbox.append((link.peer, frames))
+                    self._confirmed(link, kind, frames)
         except EOFError:
             self._lost(link)
         except Refused as refused:
             self._refuse(link, str(refused))
-        except ValueError as error:
+        except (ValueError, struct.error) as error:
+            if link.session is not None:
+                link.session.took(0)  # or it would come again and again
             self._refuse(link, f"incarnation {link.peer} sent what is no message ({error})")
+
+    def _confirm(self, peer: int, session: Session[list[Any]]) -> None:
+        """Tell a peer how many of its messages have been taken."""
+        link = self._link_to[peer]
+        if link.resumed:
+            self._put(link, CONFIRMED, [_COUNT.pack(session.told())])
+
+    def _confirmed(self, link: _Link, kind: bytes, frames: list[Any]) -> None:
+        """The peer has taken so many; behind a new connection the rest is sent again."""
+        if link.session is None:
+            raise ValueError("a count from a peer of this machine")
+        link.session.confirmed(*_COUNT.unpack(b"".join(frames)))
+        if kind == RESUMED and link is self._link_to[link.peer]:
+            link.resumed = True
+            for _, message in link.session.rest():
+                self._put(link, MESSAGE, message)
 
     def _place(self, head: Any, size: int) -> memoryview | None:
         try:
@@ -305,14 +342,23 @@ class Endpoint:
         former = self._link_to.setdefault(peer, link)
         if former is not link and former.dials < 0:
             self._link_to[peer] = link  # it dialed again
-            self._lost(former)
-        for frames in (*self._waiting.pop(peer, ()), *link.unsent):
-            self._put(link, MESSAGE, frames)
+        if link.dials < 0:  # what an older one may still bring is sent again
+            for other in [o for o in self._links if o.peer == peer and o.dials < 0 and o is not link]:
+                self._lost(other)
+        unsent = (*self._waiting.pop(peer, ()), *link.unsent)
         link.unsent.clear()
+        if isinstance(link.channel, tcp.TcpChannel):
+            link.session = self._sessions.setdefault(peer, Session())
+            for frames in unsent:
+                link.session.add(frames)
+            self._put(link, RESUMED, [_COUNT.pack(link.session.told())])
+            return
+        for frames in unsent:
+            self._put(link, MESSAGE, frames)
 
     def _lost(self, link: _Link) -> None:
         """There is no connection, or none any more. What it brought stays, and so does memory that somebody reads."""
-        link.peer = -1
+        link.peer, link.resumed = -1, False
         if link.channel is not None:
             self._selector.unregister(link.channel.socket)
             link.channel.close(force=True)
@@ -338,7 +384,7 @@ class Endpoint:
     def close(self) -> None:
         """Close every connection. What was sent before gets a second to leave; arrays that others read stay theirs."""
         until = time.monotonic() + LINGER
-        while any(link.unsent for link in self._links) and self._take_in(until):
+        while any(link.holds for link in self._links) and self._take_in(until):
             pass
         for listener in self._listeners:
             self._selector.unregister(listener)

@@ -111,6 +111,34 @@ def read_only(mapped: mmap.mmap) -> Array:
     return array
 
 
+class Recycled:
+    """Memory that is taken anew with each timeline, from what the one before had: others have that mapped already.
+
+    Whoever still reads it is in the former timeline, where nothing counts any more.
+    """
+
+    def __init__(self, allocate: Allocate) -> None:
+        self._allocate = allocate
+        self._taken: list[Array] = []
+        self._free: list[Array] = []
+
+    def __call__(self, size: int, dtype: str) -> Array:
+        """Zeros, [size]."""
+        wanted = np.dtype(dtype)
+        for at, array in enumerate(self._free):
+            if array.size == size and array.dtype == wanted:
+                self._taken.append(self._free.pop(at))
+                array.fill(0)
+                return array
+        self._taken.append(self._allocate(size, dtype))
+        return self._taken[-1]
+
+    def begin(self) -> None:
+        """Nothing that was taken so far is needed any more."""
+        self._free += self._taken
+        self._taken = []
+
+
 class Window:
     """One contiguous range of addresses that shows parts of several segments, or holds values of its own.
 

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 
 from distgd.errors import RunFailed
-from distgd.transport.channel import INTRODUCTION, MESSAGE, Record
+from distgd.transport.channel import CONFIRMED, INTRODUCTION, MESSAGE, RESUMED, Record
 
 SCRATCH = 1 << 14  # bytes that are read at once where it is not known what comes
 LARGE = 1 << 13  # bytes of a frame that is read into memory of its own; less than SCRATCH, so that any other fits
 KEPT = 64 << 20  # bytes of memory that is kept to be used again
 STRANGERS_MOST = 1 << 10  # bytes of a frame of somebody who has proved nothing
 TURNS = 64  # reads from one connection before another gets its turn
+KINDS = INTRODUCTION, MESSAGE, RESUMED, CONFIRMED
 _VECTORS = 64  # of one system call; the least that every system takes is 16, Linux takes 1024
 _HEAD = struct.Struct("<cB")
 _SIZE = 8
@@ -124,7 +125,7 @@ class Incoming:
         if self._stop - self._start < _HEAD.size:
             return False
         kind, count = _HEAD.unpack_from(self._scratch, self._start)
-        if kind not in ((INTRODUCTION, MESSAGE) if self.trusted else (INTRODUCTION,)) or not count:
+        if kind not in (KINDS if self.trusted else (INTRODUCTION,)) or not count:
             raise ValueError(f"no record here begins with {kind + bytes([count])!r}")
         at = self._start + _HEAD.size
         if self._stop - at < _SIZE * count:

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from distgd import canary
 from distgd import events as ev
 from distgd.config import Data, TaskSection
+from distgd.device import be_deterministic
 from distgd.errors import BadInput
 from distgd.layout import Slice
 from distgd.replica import Blueprint, Replica, SlotGradient
 from distgd.rules import ShardRules
 from distgd.sources import Order
 from distgd.tasks import Task, load
-from distgd.transport.segments import Allocate
+from distgd.transport.segments import Allocate, Recycled
 from distgd.worker.leased import Leased
 from distgd.worker.sync import Sync
 from distgd.worker.work import Computed, SlotWork, Work
@@ -48,7 +50,10 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """All that a worker is made of. `clip` limits the norm of a slot's mean gradient."""
+    """All that a worker is made of. `clip` limits the norm of a slot's mean gradient.
+
+    `canary` says that it is to show what its arithmetic comes to, `deterministic` that torch is to be so (CUDA).
+    """
 
     rules: ShardRules
     incarnation: int
@@ -62,6 +67,8 @@ class WorkerSpec:
     device: str
     threads: int
     quorum: int
+    canary: bool = False
+    deterministic: bool = False
 
     role = "worker"
 
@@ -71,6 +78,8 @@ class WorkerSpec:
         Raises:
             RunFailed: names, shapes or lengths differ from the driver's.
         """
+        if self.deterministic:
+            be_deterministic()
         torch.set_num_threads(self.threads)
         if self.device == "cuda" and not torch.cuda.is_available():
             do = "set cluster.gpus=1 so that Ray finds one, or cluster.device=cpu cluster.gpus=0"
@@ -89,18 +98,23 @@ class Worker:
     ) -> None:
         self.replica = replica
         self._source = source
-        self._clock, self._allocate = clock, allocate
+        self._clock, self._allocate = clock, Recycled(allocate)
         self._begin(spec, token=0)
 
     def _begin(self, spec: WorkerSpec, token: int) -> None:
         """Be as a process that was born with the timeline of `spec`; model and data stay."""
         self.spec, self._timeline, self._members = spec, spec.rules.timeline, -1
         layout = spec.blueprint.layout
+        self._allocate.begin()
         self.work = Work(
             spec.rules, spec.incarnation, spec.slices, layout, spec.quorum, self.replica, self._clock, self._allocate
         )
         self.work.token = token
         self._mode: Sync | Leased = Sync(self.work) if spec.rules.staged else Leased(self.work)
+
+    def facts(self) -> dict[str, str]:
+        """The canary and the machine's kind, where they are asked for; taken behind whatever the task has set."""
+        return canary.of_worker(self.spec.device, self.spec.threads) if self.spec.canary else {}
 
     def handle(self, source: int, event: Any) -> list[ev.Effect]:
         """Take one message, or a `Computed` of this process itself."""
@@ -109,13 +123,13 @@ class Worker:
             self._begin(replace(self.spec, rules=rules), self.work.token + 1)
             self.work.buffers_version = -1  # those that are here may be newer than the checkpoint
             return []
+        if isinstance(event, ev.Fenced):
+            return [ev.End("fenced: replaced by another")]
         if event.timeline != self._timeline:
             return []
         match event:
-            case ev.Stop() | ev.Fenced():
-                return [
-                    ev.End("stopped by the driver" if isinstance(event, ev.Stop) else "fenced: replaced by another")
-                ]
+            case ev.Stop():
+                return [ev.End("stopped by the driver")]
             case ev.StatusRequested():
                 return [ev.Send(source, ev.StatusSent(self._timeline, self._mode.describe()))]
             case ev.MembershipChanged() if event.number > self._members:
@@ -126,7 +140,7 @@ class Worker:
             case ev.MembershipChanged():
                 return []
             case Computed():
-                stats = replace(event.gradient.stats, seconds=event.seconds)
+                stats = replace(event.gradient.stats, seconds=event.seconds, worker=self.spec.incarnation)
                 return self._mode.handle(source, replace(event, gradient=replace(event.gradient, stats=stats)))
             case _:
                 return self._mode.handle(source, event)

@@ -78,12 +78,35 @@ class Leased:
         self.read.have[sent.shard] = sent
         if len(self.read.have) < self.shards:
             return []
+        if self.lease.skip:
+            return self._skip(self.lease)
         self.worker.install(self.read.have)
         return [self.worker.compute(self.lease.step, self.lease.slot)]
+
+    def _skip(self, lease: ev.LeaseGranted) -> list[ev.Effect]:
+        """Have every shard count the slot, and change nothing."""
+        read = {i: w.version for i, w in self.read.have.items()}
+        push = ev.GradientArrived(
+            self.timeline,
+            lease.step,
+            0,
+            lease.slot,
+            lease.slot + 1,
+            0,
+            0.0,
+            (lease.slot,),
+            lease.lease,
+            None,
+            None,
+            versions=tuple(read[i] for i in range(self.shards)),
+        )
+        return self.worker.push(push, None, read)
 
     def _computed(self, done: Computed) -> list[ev.Effect]:
         assert self.lease is not None
         self.computed = done
+        if self._poisoned():  # judged once, over the whole gradient, before any shard has it
+            return self._finish()
         slot, stats = done.work.slot, done.gradient.stats
         push = ev.GradientArrived(
             self.timeline,
@@ -93,34 +116,47 @@ class Leased:
             slot + 1,
             0,
             stats.weight,
-            (slot,) if done.gradient.bad else (),
+            (),
             self.lease.lease,
             None,
             done.gradient.buffers if slot == 0 else None,
+            versions=tuple(self.read.have[i].version for i in range(self.shards)),
+            square=stats.squared_norm,
         )
         total = done.work.out if stats.weight else None
         return self.worker.push(push, total, {i: w.version for i, w in self.read.have.items()})
 
+    def _poisoned(self) -> bool:
+        if self.lease is None or self.computed is None:
+            return False
+        gradient = self.computed.gradient
+        return gradient.bad or gradient.stats.squared_norm > self.lease.limit
+
     def _answered(self, answer: ev.PushAnswered) -> list[ev.Effect]:
         self.answers[answer.shard] = answer
-        refused = self.computed is None and answer.outcome == "gone"
+        assert self.lease is not None
+        refused = self.computed is None and not self.lease.skip and answer.outcome == "gone"
         return self._finish() if refused or len(self.answers) == self.shards else []
 
     def _finish(self) -> list[ev.Effect]:
         lease, done = self.lease, self.computed
         assert lease is not None
         gone = any(a.outcome == "gone" for a in self.answers.values())
+        poisoned = self._poisoned()
         stats = done.gradient.stats if done else ev.SlotStats(lease.slot, 0, 0.0, 0.0, 0.0, 0.0)
         ended = ev.LeaseEnded(
             self.timeline,
             lease.lease,
             lease.step,
             lease.slot,
-            "gone" if gone else "applied",
-            bool(done and done.gradient.bad),
+            "poisoned" if poisoned else "gone" if gone else "applied",
+            (done is not None and done.gradient.bad) or lease.skip,
             tuple(self.answers[i].staleness for i in sorted(self.answers)),
             stats,
-            {**self.worker.take_times(stats.seconds), "apply": max(a.seconds for a in self.answers.values())},
+            {
+                **self.worker.take_times(stats.seconds),
+                "apply": max((a.seconds for a in self.answers.values()), default=0.0),
+            },
         )
         if done:
             self.worker.release(done.work.out)

@@ -44,6 +44,7 @@ class Sync:
         self.far: frozenset[int] = frozenset()  # shards that this machine's adder is asked for
         self.adds = -1  # who that is
         self.adder: Adder | None = None  # where it is this process
+        self.examines: ev.Examine | None = None  # a slot that is computed for the driver alone
         self._parked: list[tuple[int, Any]] = []  # for the adder, from somebody who knows already that it is this one
 
     def describe(self) -> str:
@@ -63,7 +64,7 @@ class Sync:
         far = frozenset(i for i, shard in enumerate(incarnations) if shard not in here)
         if not far or not self.worker.every_slot:
             return []
-        former, self.far, self.adds = self.adds, far, min(here.difference(incarnations))
+        former, self.far, self.adds = self.adds, far, event.adder(self.worker.me, incarnations)
         effects: list[ev.Effect] = []
         if self.adds == self.worker.me:
             if self.adder is None:
@@ -83,7 +84,8 @@ class Sync:
 
     def watch(self, work: SlotWork, emit: Callable[[ev.Effect], None]) -> Watch | None:
         """Let the adder, if it is here, have each bucket of a slot that is pushed by itself as soon as it is final."""
-        if self.adder is None or (work.slot, work.slot + 1) not in self.nodes:
+        alone = (work.slot, work.slot + 1) in self.nodes and work.slot in self.round
+        if self.adder is None or not alone:
             return None
         adder, places = self.adder, self.adder.places
 
@@ -117,6 +119,9 @@ class Sync:
                 return self.adder.pull(source, event)
             case Computed() if self.worker.wanted(event):
                 return self._computed(event)
+            case ev.Examine() if event.step >= self.step:
+                self.examines = event
+                return self._examine()
             case _:
                 return []
 
@@ -166,7 +171,7 @@ class Sync:
         self.tree = Tree(self.slots, self._add)
         if version >= self.last:
             return []
-        follow = self._next_round()
+        follow = [*self._next_round(), *self._examine()]
         return [*([] if self.asks_with_push else self._ask(version + 1)), *follow]
 
     @property
@@ -185,8 +190,17 @@ class Sync:
         self.done.update(self.round)
         return [self.worker.compute(self.step, self.round[0])] if self.round else []
 
+    def _examine(self) -> list[ev.Effect]:
+        """Begin on a slot for the driver, once its step is here."""
+        wanted = self.examines
+        return [self.worker.compute(wanted.step, wanted.slot)] if wanted and wanted.step == self.step else []
+
     def _computed(self, done: Computed) -> list[ev.Effect]:
         slot = done.work.slot
+        if slot not in self.round:
+            self.worker.release(done.work.out)
+            examined = ev.Examined(self.worker.rules.timeline, done.work.step, done.gradient.bad, done.gradient.stats)
+            return [ev.Send(ev.DRIVER, examined)]
         self.results[slot] = done.gradient
         weight = done.gradient.stats.weight
         if weight == 0.0:

@@ -18,18 +18,17 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import chdir
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
-from unittest import mock
 
 import torch
 
 from distgd import events as ev
-from distgd.cluster import Process, Spec
 from distgd.config import load
+from distgd.process import Process, Spec
 from distgd.replica import SlotGradient
 from distgd.result import Result
 from distgd.trainer import launch
@@ -90,7 +89,7 @@ class Forked:
         """Seconds of a monotonic clock."""
         return time.monotonic()
 
-    def spawn(self, specs: Mapping[int, Spec]) -> None:
+    def spawn(self, specs: Mapping[int, Spec], _patient: Collection[int] = ()) -> None:
         """Fork everybody, then tell all where all are."""
         secret, pipes = secrets.token_bytes(32), {}
         context = mp.get_context("fork")
@@ -131,10 +130,9 @@ class Forked:
 
 
 def _live(incarnation: int, spec: Spec, secret: bytes, pipe: Connection) -> None:
-    with mock.patch("distgd.cluster._node_id", return_value=HERE):  # Ray would be asked
-        process = Process(incarnation, spec.role, secret, "all" if spec.role == "server" else "", True, MOST, [])
-        pipe.send(process.whereabouts())
-        process.run(spec, pipe.recv())
+    process = Process([], lambda: (HERE, HERE))
+    pipe.send(process.become(incarnation, spec.role, secret, "all" if spec.role == "server" else "", True, MOST))
+    process.run(spec, pipe.recv())
     os._exit(0)  # nothing that the parent has open is this process's to close
 
 

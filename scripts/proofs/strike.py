@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 
@@ -20,7 +21,30 @@ from distgd import train
 from distgd.audit import Audit, audit, read
 from proofs.outside import DISTGD, environment
 
+BLIND = mock.patch("distgd.run.write_report", lambda run_dir: run_dir / "report" / "index.html")
 GIVE_UP = 600.0  # seconds that a run gets, restarts included
+
+
+def digits(folder: Path, steps: int, **more: Any) -> dict[str, Any]:
+    """A run on Ray with 3 workers and 2 servers."""
+    given: dict[str, Any] = {
+        "task": "digits",
+        "run": {"name": "run", "storage": str(folder / "runs")},
+        "batch": {"size": 128, "slots": 4},
+        "stop": {"steps": steps},
+        "optimizer": {"name": "adam", "lr": 0.001},
+        "eval": {"every": {"steps": 1000}},
+        "cluster": {"workers": 3, "servers": 2},
+        "checkpoint": {"every": {"seconds": 5.0}},
+        "tracking": {"uri": "none"},
+    }
+    return {key: {**given.get(key, {}), **more.get(key, {})} if key in more else value for key, value in given.items()}
+
+
+def alone(folder: Path, steps: int) -> str:
+    """The fingerprint of the same run on one thread, where nobody is lost."""
+    calm = digits(folder, steps, cluster={"backend": "inprocess", "workers": 1, "servers": 1})
+    return str(train({**calm, "run": {**calm["run"], "name": "calm"}, "checkpoint": {"every": None}}).weights_sha256)
 
 
 @dataclass
@@ -52,7 +76,7 @@ def struck(
 
     def strike() -> None:
         while len(run.signals) < times and not over.wait(every):
-            if victims := _children(psutil.Process(), roles):
+            if victims := children(psutil.Process(), roles):
                 with suppress(psutil.Error):
                     chance.choice(victims).send_signal(number)
                     run.signals.append(time.monotonic())
@@ -92,7 +116,7 @@ def struck_with_driver(
             if len(run.signals) < times and due(time.monotonic() - began) and time.monotonic() > last + every:
                 with suppress(psutil.Error):
                     process = psutil.Process(driver.pid)
-                    victims = _children(process, roles) + ([process] if "Driver" in roles else [])
+                    victims = children(process, roles) + ([process] if "Driver" in roles else [])
                     chance.choice(victims).kill()
                     last = time.monotonic()
                     run.signals.append(last)
@@ -105,7 +129,7 @@ def struck_with_driver(
     raise RuntimeError(f"not at its end after {GIVE_UP:g} s and {len(run.signals)} signals")
 
 
-def _children(of: psutil.Process, roles: Sequence[str]) -> list[psutil.Process]:
+def children(of: psutil.Process, roles: Sequence[str]) -> list[psutil.Process]:
     """Processes of these roles that live, as Ray names them."""
     found = []
     for process in of.children(recursive=True):
