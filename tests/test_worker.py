@@ -68,17 +68,17 @@ class Desk:
             messages += self.give(replace(self.worker.perform(self.work.pop(0), self.emitted.append), seconds=0.5), ME)
         return messages
 
-    def table(self, *own: int, number: int = 1) -> list[Any]:
+    def table(self, *own: int, number: int = 1, timeline: int = 1) -> list[Any]:
         table = tuple(ME if k in own else OTHER for k in range(SLOTS))
-        return self.give(ev.MembershipChanged(1, number, frozenset({0, *SHARDS, ME, OTHER}), OTHER, table))
+        return self.give(ev.MembershipChanged(timeline, number, frozenset({0, *SHARDS, ME, OTHER}), OTHER, table))
 
-    def weights(self, shard: int, version: int, lease: int = -1, **more: Any) -> list[Any]:
+    def weights(self, shard: int, version: int, lease: int = -1, timeline: int = 1, **more: Any) -> list[Any]:
         part = self.worker.spec.slices[shard]
         values = np.full(part.size, float(version), dtype=np.float32)
-        return self.give(ev.WeightsSent(1, shard, version, lease, 0, values, None, **more), SHARDS[shard])
+        return self.give(ev.WeightsSent(timeline, shard, version, lease, 0, values, None, **more), SHARDS[shard])
 
-    def all_weights(self, version: int, lease: int = -1) -> list[Any]:
-        return [m for shard in range(3) for m in self.weights(shard, version, lease)]
+    def all_weights(self, version: int, lease: int = -1, timeline: int = 1) -> list[Any]:
+        return [m for shard in range(3) for m in self.weights(shard, version, lease, timeline)]
 
     def computing(self) -> list[tuple[int, int]]:
         return [(work.step, work.slot) for work in self.work]
@@ -114,6 +114,20 @@ class TestSync:
         ahead = [m.at_least for m in asked] + [m.step + 1 for m in pushes(messages) if m.reads >= 0]
         assert set(ahead) == {1}, "it asks for the next version ahead, with its pushes where it has any"
         assert not desk.work
+
+    def test_a_slot_of_the_former_timeline_gives_its_memory_to_nobody(self) -> None:
+        desk = Desk()
+        desk.table(0, 1)
+        desk.all_weights(0)
+        desk.give(ev.TimelineBegun(2, SHARDS))
+        desk.table(0, 2, 4, timeline=2)
+        desk.all_weights(0, timeline=2)
+        assert desk.compute() == [], "it was begun before"
+        outs = []
+        while desk.work:
+            outs.append(desk.work[0].out.data_ptr())
+            desk.compute()
+        assert len(outs) == len(set(outs)) == 3
 
     def test_a_push_is_the_sum_of_its_slots_in_slices(self) -> None:
         desk = Desk()

@@ -156,7 +156,9 @@ class Leased:
         weights = {part.cut.index: values.numpy() for part, (values, _) in zip(self._parts, found, strict=True)}
         self._worker.replica.install(self._cuts, weights, found[0][1])
         out = self._spare.pop() if self._spare else self._plan.layout.zeros()
-        work = SlotWork(self._worker.work.token, int(row["step"]), int(row["slot"]), out)
+        work = SlotWork(
+            self._worker.spec.rules.timeline, self._worker.work.token, int(row["step"]), int(row["slot"]), out
+        )
         torch.set_num_threads(self._worker.spec.threads)
         done = self._worker.perform(work, _unheard)
         torch.set_num_threads(1)  # as servers have it

@@ -78,7 +78,9 @@ def replay_steps(
         torch.set_num_threads(worker.spec.threads)
         buffers, stats = None, []
         for k in taken:
-            done = worker.perform(SlotWork(worker.work.token, step, k, outs[k]), lambda effect: None).gradient
+            done = worker.perform(
+                SlotWork(worker.spec.rules.timeline, worker.work.token, step, k, outs[k]), lambda effect: None
+            ).gradient
             computed += done.stats.samples > 0
             stats.append(done.stats)
             staging.put((k, k + 1), done.stats.weight, outs[k] if done.stats.weight else None, owned=False)

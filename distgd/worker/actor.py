@@ -154,7 +154,7 @@ class Worker:
     def perform(self, work: SlotWork, emit: Callable[[ev.Effect], None]) -> Computed:
         """Compute one slot, unless it has been abandoned meanwhile; `emit` performs what cannot wait for its end."""
         if work.token != self.work.token:
-            return Computed(self._timeline, work, SlotGradient.empty(work.slot))
+            return Computed(work, SlotGradient.empty(work.slot))
         try:
             gradient = self.replica.gradient(
                 self._source, self.spec.order, work.step, work.slot, work.out, self._mode.watch(work, emit)
@@ -162,4 +162,4 @@ class Worker:
         except Exception as error:
             error.add_note(f"while slot {work.slot} of step {work.step} was computed")
             raise
-        return Computed(self._timeline, work, gradient)
+        return Computed(work, gradient)

@@ -17,8 +17,12 @@ from distgd.transport.segments import Allocate
 
 @dataclass(frozen=True, slots=True)
 class SlotWork:
-    """One slot to compute, into `out`; `token` tells whether it is still wanted when it is done."""
+    """One slot to compute, into `out`; `token` tells whether it is still wanted when it is done.
 
+    `out` is memory of its timeline: a later one may be using it for something else.
+    """
+
+    timeline: int
     token: int
     step: int
     slot: int
@@ -29,10 +33,14 @@ class SlotWork:
 class Computed:
     """A slot is done; the host that performed it fills in the `seconds` that it took."""
 
-    timeline: int
     work: SlotWork
     gradient: SlotGradient
     seconds: float = 0.0
+
+    @property
+    def timeline(self) -> int:
+        """In which it was begun."""
+        return self.work.timeline
 
 
 @dataclass
@@ -101,7 +109,7 @@ class Work:
     def compute(self, step: int, slot: int) -> ev.Compute:
         """Start on a slot."""
         out = self._pool.pop() if self._pool else torch.from_numpy(self.allocate(self.layout.size, self.layout.dtype))
-        return ev.Compute(SlotWork(self.token, step, slot, out))
+        return ev.Compute(SlotWork(self.rules.timeline, self.token, step, slot, out))
 
     def abandon(self) -> None:
         """Whatever is being computed is not wanted any more."""

@@ -59,7 +59,7 @@ class InPlace:
             self._filled.add(work.out.data_ptr())
             work.out.fill_(VALUE)
         stats = ev.SlotStats(work.slot, 1, 1.0, 0.0, 0.0, 0.0)
-        return Computed(self._worker.spec.rules.timeline, work, SlotGradient(stats, bad=False, buffers=None))
+        return Computed(work, SlotGradient(stats, bad=False, buffers=None))
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ Gradients are views of the buckets, the graph is static, Adam is fused, every pr
 
     python -m proofs.ddp MODEL WORKERS STEPS BUCKET_MB...
 
-it starts the workers here, on the loopback device, or is the one that RANK says. It prints a JSON object for each
-bucket size: seconds of steps, and of backward without synchronization. MODEL `reduce:P` is an all-reduce of P numbers.
+on loopback, or as the one rank RANK; prints JSON: seconds of steps and of backward alone. `reduce:P` sums P numbers.
 """
 
 import json
