@@ -115,3 +115,8 @@ def section(name: str, folder: str = "") -> dict[str, Any]:
     }
     found: dict[str, Any] = sections[kind]()
     return found
+
+
+def on(device: torch.device, batch: Any) -> Any:
+    """A batch on a device."""
+    return tuple(column.to(device) for column in batch) if isinstance(batch, tuple) else batch.to(device)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from proofs import contest, pictures, speed_nodes, speed_run
+from proofs import contest, pictures, speed_gpu, speed_nodes, speed_run
 from proofs.contest import Times, geometric_mean, last_object, median_ms, ours, steps_for, take_turns
 from proofs.models import SAMPLES
 from proofs.rows import Bench, Measured, Proof, shown
@@ -295,3 +295,6 @@ def server_speed(bench: Bench) -> Measured:
             )
     found = ", ".join(f"W={s['W']} P={s['P'] / 1e6:g}M: {s['ours / limit']:.2f} x the limit" for s in settings)
     return Measured(found, True, f"a copy moves {shown(bandwidth / 1e9)} GB/s", settings=settings)
+
+
+proof.extend(speed_gpu.proof)
