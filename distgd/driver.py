@@ -69,6 +69,7 @@ class Driver:
         self._requests: deque[int] = deque()  # workers that have room for a lease, in the order they asked
         self._gathered: list[tuple[int, ev.LeaseEnded]] = []  # applied slots that do not make a whole step yet
         self._carried = 0  # such slots of an earlier process
+        self._uncounted = range(0)  # steps that are in a checkpoint and were not counted when it was made
         norms = Norms(assignment.norm_ratio)
         self.suspicions = Suspicions(
             assignment.order, self.members, norms, staged=assignment.staged, most=assignment.skips
@@ -100,10 +101,25 @@ class Driver:
 
     def start(self, now: float) -> list[Effect]:
         """Tell everybody who is who, which sets the workers off."""
+        return [*self._told_late(now), *self._go(now)]
+
+    def _go(self, now: float) -> list[Effect]:
         if self._over:  # it had ended when it was cut off
             limit = [ev.Send(self.cast.shards[0], ev.Limit(self.cast.timeline, 0))] if self.assignment.staged else []
             return [*limit, *self._announce(), *self._finale(now)]
         return [*self._void(), *self._evaluate(now), *self._let_lead(), *self._save(now), *self._announce()]
+
+    def _told_late(self, now: float) -> list[Effect]:
+        """Steps whose last slots nobody told of, as whoever computed them is gone; those that were told are the same.
+
+        What they lost and took is not known any more.
+        """
+        told: list[Effect] = []
+        for step in self._uncounted:
+            done = Applied.of({"steps": step, "slots": []}, self.assignment.order.filled)
+            place = {"step": step, "version": self.assignment.versions(step), "samples": self.assignment.samples(done)}
+            told.append(Log({**self.tally.event("step", now, {}), **place}))
+        return told
 
     def _void(self) -> list[Effect]:
         """After a rollback for a divergence, in sync mode: the steps up to that one count without effect."""
@@ -122,6 +138,7 @@ class Driver:
             self.tally.steps = assignment.steps_of(self.tally.versions)
             self.tally.samples = assignment.samples(done, self.suspicions.without)
             self._carried = self.tally.versions - assignment.versions(self.tally.steps)
+            self._uncounted = range(progress["tally"]["steps"] + 1, self.tally.steps + 1)
             begun = max([done.steps, *(step + 1 for step, _ in done.beyond)])
             slots = (slot for slot in assignment.slots() if slot not in done)
             self._ledger = Ledger(slots, self._ledger.limit, begun)

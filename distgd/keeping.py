@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from distgd.assignment import Assignment
@@ -12,7 +13,7 @@ from distgd.errors import RunFailed
 from distgd.plan import Plan
 from distgd.promise import Promise
 from distgd.resume import manifest_of
-from distgd.runfolder import Start
+from distgd.runfolder import Start, next_timeline
 from distgd.runstore import place, run_store
 from distgd.saving import Whole
 
@@ -56,7 +57,7 @@ class Keeping:
             self._best = assignment.versions(seen["step"])
             self.best = _not_beyond(self._best, self.place.names())
         if self.store is not None:
-            self.store.begin(start.timeline)
+            self.store.begin(start)
 
     def make(self, whole: Whole, evaluating: int | None = None) -> Checkpoint:
         """Commit one, and only then remove what is not kept any more.
@@ -69,7 +70,7 @@ class Keeping:
         """
         manifest = manifest_of(whole, self._plan, self.start, self._assignment, self._promise)
         if self.store is not None:
-            self.store.send(self.start.timeline)
+            self.store.send(self.start)
         made = self.place.commit(whole.parts[0].folder, manifest)
         self.newest = made
         self._made(made.folder.name, evaluating)
@@ -92,6 +93,17 @@ class Keeping:
     def _pinned(self) -> list[str]:
         return [folder for folder in (self.best, self._candidate) if folder is not None and self._keeps_best]
 
+    def go_back(self, run_dir: Path) -> None:
+        """Begin another timeline, as all shards go back.
+
+        Raises:
+            RunFailed: another driver has begun on the run.
+        """
+        self.start = next_timeline(run_dir, self.start)
+        if self.store is not None:
+            with suppress(OSError):  # it is sent with the next checkpoint
+                self.store.send(self.start)
+
     def find(self) -> bool:
         """Look for the newest whole one again: what was whole once may have been damaged since.
 
@@ -99,10 +111,14 @@ class Keeping:
             Whether a newer one was passed over, which may be whole again later.
 
         Raises:
-            RunFailed: there is none.
+            RunFailed: there is none, or they cannot be reached.
         """
         damaged: list[str] = []
-        self.newest = self.place.newest(self.start.run, damaged)
+        try:
+            self.newest = self.place.newest(self.start.run, damaged)
+        except OSError as error:
+            do = "--resume auto goes on when it can be reached"
+            raise RunFailed(f"{self.place.where}: expected checkpoints to go back to, found {error}; {do}") from error
         if self.newest is None:
             raise RunFailed("no checkpoint to go back to: " + "; ".join(damaged or [f"none in {self.place.where}"]))
         return bool(damaged)

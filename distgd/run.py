@@ -307,12 +307,16 @@ class Run:
                     cluster.end(incarnation)
                 case Recover(gone):
                     assert self.driver is not None
-                    return self._go_on(cluster, self.starting.recover(self.driver, gone))
+                    finish = self._go_on(cluster, self.starting.recover(self.driver, gone))
+                    return finish or self._stop(cluster, stop)
                 case Finish():
                     return effect
-        if stop is not None and self.driver is not None:  # behind what was decided before, which may go on
-            return self._perform(cluster, self.driver.stop(stop, cluster.now()))
-        return None
+        return self._stop(cluster, stop)  # behind what was decided before, which may go on
+
+    def _stop(self, cluster: Cluster, stop: Stop | None) -> Finish | None:
+        if stop is None or self.driver is None:
+            return None
+        return self._perform(cluster, self.driver.stop(stop, cluster.now()))
 
     def _save(self, cluster: Cluster, whole: Whole) -> list[Effect]:
         """Make a checkpoint of what shards have written; ledger and record are durable before that."""

@@ -66,6 +66,11 @@ class Start:
     run: str
     timeline: int
     lock: IO[bytes]
+    driver: str  # tells this start from all others, also where two could begin the same timeline
+
+    def begin(self, run_dir: Path) -> None:
+        """Say durably whose timeline it is, before anything carries its number."""
+        _write_durably(run_dir / "run.json", {"run": self.run, "timeline": self.timeline, "driver": self.driver})
 
 
 def begin(run_dir: Path) -> Start:
@@ -83,15 +88,15 @@ def begin(run_dir: Path) -> Start:
         raise BadInput.at("run.name", "a run folder that no other driver works on", str(run_dir), do) from error
     path = run_dir / "run.json"
     before = _identity(path)
-    start = Start(before["run"], before["timeline"] + 1, lock)
-    _write_durably(path, {"run": start.run, "timeline": start.timeline})
+    start = Start(before["run"], before["timeline"] + 1, lock, secrets.token_hex(8))
+    start.begin(run_dir)
     return start
 
 
 def next_timeline(run_dir: Path, start: Start) -> Start:
     """Begin another timeline, as durably, for all shards go back."""
     new = replace(start, timeline=start.timeline + 1)
-    _write_durably(run_dir / "run.json", {"run": new.run, "timeline": new.timeline})
+    new.begin(run_dir)
     return new
 
 

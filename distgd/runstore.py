@@ -1,18 +1,23 @@
 """A run folder's other files in an object store, beside its checkpoints: so that another machine can go on.
 
 The run folder itself is on the driver's disk. What changed is stored with each checkpoint, before its manifest: lines
-beyond that are of steps that are done again. A store has no locks. Each start of a driver raises the timeline in
-`run.json`, and a driver that finds a higher one than its own has been followed by another, and ends.
+beyond that are of steps that are done again. A store has no locks. Each start of a driver puts its own name into
+`run.json`, and a driver that finds another's there has been followed by it, and ends.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from distgd.checkpoint import Objects
 from distgd.config import Config
 from distgd.errors import BadInput, RunFailed
+from distgd.runfolder import Start
+
+T = TypeVar("T")
 
 IDENTITY = "run.json"
 STAY = ("lock", "checkpoints", "report")
@@ -48,7 +53,7 @@ class RunStore:
         Raises:
             BadInput: the store cannot be reached.
         """
-        there = self._timeline()
+        there = self._refusing(self._timeline)
         if there is None or there <= _timeline(self._run_dir / IDENTITY):
             return
         try:
@@ -64,33 +69,40 @@ class RunStore:
         Raises:
             BadInput: there is a run of this name, or the store cannot be reached.
         """
-        if self._timeline() is not None:
+        if self._refusing(self._timeline) is not None:
             do = "choose another with run.name=, or give --resume auto"
             raise BadInput.at("run.name", "a new run", f"{self._objects.uri}", do)
 
-    def begin(self, timeline: int) -> None:
+    def begin(self, start: Start) -> None:
         """Say who is at work on the run from now on.
 
         Raises:
             BadInput: the store refuses it.
+            RunFailed: another driver has begun since the files were looked at.
         """
-        try:
-            self.send(timeline)
-        except OSError as error:
-            raise self._refused(error) from error
+        there = self._refusing(self._timeline)
+        if there is not None and there >= start.timeline:
+            raise self._followed(there, start)
+        self._refusing(self._send)
 
-    def send(self, timeline: int) -> None:
+    def send(self, start: Start) -> None:
         """Store what has changed.
 
         Raises:
             OSError: the store refuses it, or cannot be reached; what was not sent is sent the next time.
             RunFailed: another driver has begun on the run.
         """
-        there = self._timeline()
-        if there is not None and there > timeline:
-            do = "let one of them go on; what this one has done since is not in the store"
-            found = f"timeline {there} of another one"
-            raise RunFailed(f"{self._objects.uri}: expected this driver's timeline {timeline}, found {found}; {do}")
+        there = self._identity()
+        if there is not None and there.get("driver") != start.driver:
+            raise self._followed(there["timeline"], start)
+        self._send()
+
+    def _followed(self, there: int, start: Start) -> RunFailed:
+        do = "let one of them go on; what this one has done since is not in the store"
+        mine, found = f"this driver's timeline {start.timeline}", f"timeline {there} of another one"
+        return RunFailed(f"{self._objects.uri}: expected {mine}, found {found}; {do}")
+
+    def _send(self) -> None:
         for path in sorted(self._run_dir.rglob("*")):
             name = path.relative_to(self._run_dir).as_posix()
             if name.split("/")[0] in STAY or name.endswith(".part") or not path.is_file():
@@ -102,16 +114,26 @@ class RunStore:
                 self._sent[name] = now
 
     def _timeline(self) -> int | None:
+        there = self._identity()
+        return None if there is None else int(there["timeline"])
+
+    def _identity(self) -> dict[str, Any] | None:
         try:
             if IDENTITY not in self._objects.names():
                 return None
-            return int(json.loads(self._objects.read(IDENTITY))["timeline"])
-        except OSError as error:
-            raise self._refused(error) from error
+            there = json.loads(self._objects.read(IDENTITY))
+            return {**there, "timeline": int(there["timeline"])}
         except (ValueError, KeyError, TypeError) as error:
             do = "restore the file, or start a new run with run.name="
             found = str(error)
             raise BadInput.described(f"{self._objects.uri}/{IDENTITY}", "the run's timeline", found, do) from error
+
+    def _refusing(self, ask: Callable[[], T]) -> T:
+        """At a start the store must be there."""
+        try:
+            return ask()
+        except OSError as error:
+            raise self._refused(error) from error
 
     def _refused(self, error: OSError) -> BadInput:
         do = "look at the address, the credentials and the network"

@@ -24,7 +24,6 @@ from distgd.plan import Plan
 from distgd.process import Spec
 from distgd.promise import Promise, Verdict
 from distgd.resume import Found, resumed
-from distgd.runfolder import next_timeline
 from distgd.saving import Whole
 from distgd.updates import Updates
 
@@ -123,7 +122,7 @@ class Starting:
         waited: set[int] = set()  # shards that are not ready, of all that have been started here
         ready: dict[int, dict[str, str]] = {}
         for _ in range(RECOVERIES):
-            keeping.start = next_timeline(self._run_dir, keeping.start)
+            keeping.go_back(self._run_dir)
             cast = replace(cast, timeline=keeping.start.timeline)
             try:
                 if gone is not None:

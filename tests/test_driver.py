@@ -12,9 +12,10 @@ import pytest
 from distgd import events as ev
 from distgd.assignment import Assignment, Cast
 from distgd.driver import Driver
-from distgd.effects import Account, Finish, Log, Save, Spawn
+from distgd.effects import Account, Finish, Log, Resumed, Save, Spawn
 from distgd.errors import BadInput, Diverged, ProcessLost, RunFailed
 from distgd.optim import OptimizerSpec, Schedule
+from distgd.policy import Applied
 from distgd.sources import Order
 
 ORDER = Order(samples=22, batch=8, slots=4, seed=0)  # 3 steps an epoch; the last has 6 samples
@@ -97,6 +98,23 @@ class Stage:
 
     def evaluated(self, number: int, version: int) -> list[Any]:
         return self.give(EVALUATOR, ev.Evaluated(1, number, version, {"loss": 0.5}, 0.1))
+
+
+class TestGoingOn:
+    def test_a_step_of_which_only_the_shards_knew_is_told(self) -> None:
+        """Its slots are in a checkpoint, and whoever computed the last ones was gone before it said so."""
+        before = Stage(staged=False, bound=2)
+        progress = before.driver.progress()
+        done = Applied(ORDER.filled)
+        for slot in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 0)]:
+            done.add(*slot)
+        driver = Driver(ALONE, before.driver.assignment, 9.0, resumed=Resumed(0, 8, progress, done))
+        told = [e.event for e in driver.start(9.0) if isinstance(e, Log)]
+        assert [(e["event"], e["step"], e["version"], e["samples"]) for e in told] == [
+            ("step", 1, 4, 8),
+            ("step", 2, 8, 16),
+        ]
+        assert not [e for e in Driver(ALONE, before.driver.assignment, 9.0).start(9.0) if isinstance(e, Log)]
 
 
 class TestMembership:

@@ -17,10 +17,12 @@ import pytest
 from test_resume import STEPS, Ragged, clean, config, events, run, steps, without_pictures
 
 from distgd import events as ev
+from distgd.audit import audit, read
 from distgd.errors import DeadlineExceeded, ProcessLost, RunFailed
 from distgd.inprocess import InProcessCluster
 from distgd.promise import Promise
 from distgd.result import Result
+from distgd.stopping import Stop
 from distgd.trainer import launch
 from distgd.transport import Loss
 
@@ -307,3 +309,14 @@ def test_what_waits_for_a_slow_driver_is_bounded(
     if mode == "sync":
         monkeypatch.setattr("distgd.driver.LEAD", STEPS)
         assert waiting(tmp_path / "not") > most, "the twin"
+
+
+def test_a_stop_that_is_asked_for_at_a_fault_is_kept(tmp_path: Path) -> None:
+    def watch(event: dict[str, Any]) -> Stop | None:
+        return Stop("seen enough") if event["event"] == "fault" else None
+
+    given = config(tmp_path, checkpoint={"every": {"steps": 5}})
+    result = launch(given, "x", watch, task=Ragged(), cluster=Chaos(1, 60.0, ("server",), most=1))
+    assert (result.status, result.ended_by) == ("stopped", "stopped: seen enough")
+    assert result.steps < STEPS
+    assert audit(read(tmp_path / "runs/a/ledger.jsonl")).clean

@@ -134,14 +134,29 @@ def test_export_reads_it(tmp_path: Path) -> None:
     assert export(tmp_path / "runs/a", tmp_path / "out.safetensors") == "of step 14, by checkpoint v14-t1"
 
 
-def test_a_driver_that_has_been_followed_by_another_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("timeline", [1, 2])
+def test_a_driver_that_has_been_followed_by_another_ends(tmp_path: Path, timeline: int) -> None:
     def follow(event: dict[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 10:
-            (tmp_path / "store/a/run.json").write_text(json.dumps({"run": "x", "timeline": 2}))
+            (tmp_path / "store/a/run.json").write_text(json.dumps({"run": "x", "timeline": timeline, "driver": "b"}))
 
-    with pytest.raises(RunFailed, match="expected this driver's timeline 1, found timeline 2 of another one"):
+    with pytest.raises(RunFailed, match=f"expected this driver's timeline 1, found timeline {timeline} of another one"):
         run(tmp_path, watch=follow, **stored(tmp_path))
     assert max(steps(tmp_path)) < STEPS
+
+
+def test_two_drivers_that_reach_one_timeline_are_told_apart(tmp_path: Path) -> None:
+    """One goes back in the moment in which another one goes on from the store."""
+
+    class Followed(Chaos):
+        def _strike(self) -> None:
+            (tmp_path / "store/a/run.json").write_text(json.dumps({"run": "x", "timeline": 2, "driver": "b"}))
+            super()._strike()
+
+    given = config(tmp_path, **stored(tmp_path))
+    with pytest.raises(RunFailed, match="expected this driver's timeline 2, found timeline 2 of another one"):
+        launch(given, "x", lambda event: None, task=Ragged(), cluster=Followed(1, 60.0, ("server",), most=1))
+    assert not [name for name in in_store(tmp_path) if "-t2" in name], "nothing of its second timeline is written"
 
 
 def test_a_run_of_that_name_is_not_begun_again(tmp_path: Path) -> None:
@@ -164,6 +179,29 @@ def test_what_is_no_store_is_bad_input(tmp_path: Path, uri: str, said: str) -> N
     with pytest.raises(BadInput, match=f"checkpoint.storage: {said}"):
         run(tmp_path, checkpoint={"every": {"steps": 3}, "storage": uri})
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("call", ["names", "read"])
+def test_a_store_that_cannot_be_asked_costs_checkpoints_and_not_the_run(
+    tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    asked, out = getattr(Objects, call), []
+
+    def ask(self: Objects, *args: Any) -> Any:
+        if out and len(out) < 4:
+            out.append(0)
+            raise OSError("When listing: timed out")
+        return asked(self, *args)
+
+    def watch(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 5 and not out:
+            out.append(0)
+
+    monkeypatch.setattr(Objects, call, ask)
+    result = run(tmp_path, watch=watch, **stored(tmp_path))
+    assert len(out) == 4
+    assert right(result, tmp_path, whole, "sync")
+    assert [event for event in events(tmp_path) if "timed out" in (event.get("message") or "")]
 
 
 def test_an_outage_costs_checkpoints_and_not_the_run(
