@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import shutil
 import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from distgd.transport import Loss
 
 __all__ = ["without_pictures"]
 
+MODES = ("sync", "bounded", "async")
 STARTED = 0.02
 """Virtual seconds after which everybody has started."""
 
@@ -62,11 +64,18 @@ class Chaos(InProcessCluster):
 
 
 def through_all(
-    path: Path, seed: int, mode: str, every: int, rate: float, roles: tuple[str, ...], loss: Loss | None
+    path: Path,
+    seed: int,
+    mode: str,
+    every: int,
+    rate: float,
+    roles: tuple[str, ...],
+    loss: Loss | None,
+    **more: Any,
 ) -> tuple[Result, Counter[str]]:
     """A run to its end, whoever is killed, the driver included, and what happened to it."""
     happened: Counter[str] = Counter()
-    given = config(path, mode, checkpoint={"every": {"steps": every}})
+    given = config(path, mode, checkpoint={"every": {"steps": every}}, **more)
     for start in range(40):
         cluster = Chaos(1000 * seed + start, rate, roles, most=max(0, 12 - happened.total()), loss=loss)
         with warnings.catch_warnings():
@@ -93,8 +102,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
 
 def right(result: Result, path: Path, whole: Result, mode: str) -> bool:
     """Every sample once, each step logged once, and in sync mode the bits of a run that nothing happened to."""
-    done = (result.samples, result.steps) == (whole.samples, STEPS) and clean(path)
-    done &= steps(path) == list(range(1, STEPS + 1))
+    done = (result.samples, result.steps) == (whole.samples, whole.steps) and clean(path, whole.steps)
+    done &= steps(path) == list(range(1, whole.steps + 1))
     return done and (mode != "sync" or (result.weights_sha256, result.best) == (whole.weights_sha256, whole.best))
 
 
@@ -116,6 +125,26 @@ def test_whoever_is_lost_and_whenever(tmp_path: Path, whole: Result, mode: str, 
 
 
 ALL = ("worker", "server", "evaluator", "driver")
+
+
+def schedule(folder: Path, whole: Result, seed: int, dense: float = 1.0, **more: Any) -> tuple[list[str], Counter[str]]:
+    """What is wrong with a random schedule of deaths and messages, and what happened in it; nothing but `seed` decides.
+
+    Args:
+        whole: of the same run with nothing of that.
+        dense: how much more often somebody dies.
+    """
+    mode, path, chance = MODES[seed % 3], folder / str(seed), random.Random(seed)
+    rate, every = chance.choice([10.0, 30.0, 60.0]), chance.choice([2, 5, 30])
+    loss = Loss(chance.choice([0.0, 0.1, 0.2]), chance.choice([0.0, 0.1, 0.2]), chance.choice([1e-4, 2e-3]))
+    try:
+        done, what = through_all(path, seed, mode, every, dense * rate, ALL, loss, **more)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the seed is named
+        return [f"{mode} {seed}: {str(error)[:80]}"], Counter()
+    wrong = [] if right(done, path, whole, mode) else [f"{mode} {seed}"]
+    if not wrong:
+        shutil.rmtree(path)
+    return wrong, what
 
 
 @pytest.mark.parametrize("mode", ["sync", "bounded", "async"])

@@ -113,9 +113,9 @@ def steps(path: Path) -> list[int]:
     return [event["step"] for event in events(path) if event["event"] == "step"]
 
 
-def clean(path: Path) -> bool:
+def clean(path: Path, upto: int | None = None) -> bool:
     found = audit(read(path / "runs/a/ledger.jsonl"))
-    return found.clean and found.finished and found.steps == STEPS
+    return found.clean and found.finished and found.steps == (STEPS if upto is None else upto)
 
 
 @pytest.fixture(scope="module", autouse=True)

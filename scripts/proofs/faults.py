@@ -78,18 +78,8 @@ def _one_thread() -> None:
 
 
 def _schedule(folder: Path, whole: Result, seed: int) -> tuple[list[str], Counter[str]]:
-    """What is wrong with one, and what happened in it; it depends on nothing but the seed."""
-    mode, path, chance = MODES[seed % 3], folder / str(seed), random.Random(seed)
-    rate, every = chance.choice([10.0, 30.0, 60.0]), chance.choice([2, 5, 30])
-    loss = Loss(chance.choice([0.0, 0.1, 0.2]), chance.choice([0.0, 0.1, 0.2]), chance.choice([1e-4, 2e-3]))
-    try:
-        with BLIND:
-            done, what = test_recovery.through_all(path, seed, mode, every, rate, test_recovery.ALL, loss)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the seed is named
-        return [f"{mode} {seed}: {str(error)[:80]}"], Counter()
-    right = test_recovery.right(done, path, whole, mode)
-    shutil.rmtree(path)
-    return [] if right else [f"{mode} {seed}"], what
+    with BLIND:
+        return test_recovery.schedule(folder, whole, seed)
 
 
 @proof.row("same bits, every sample once; a worker's death uses no checkpoint")
