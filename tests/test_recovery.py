@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import random
-import shutil
 import warnings
 from collections import Counter, deque
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from distgd.transport import Loss
 
 __all__ = ["without_pictures"]
 
-MODES = ("sync", "bounded", "async")
 STARTED = 0.02
 """Virtual seconds after which everybody has started."""
 
@@ -125,26 +123,6 @@ def test_whoever_is_lost_and_whenever(tmp_path: Path, whole: Result, mode: str, 
 
 
 ALL = ("worker", "server", "evaluator", "driver")
-
-
-def schedule(folder: Path, whole: Result, seed: int, dense: float = 1.0, **more: Any) -> tuple[list[str], Counter[str]]:
-    """What is wrong with a random schedule of deaths and messages, and what happened in it; nothing but `seed` decides.
-
-    Args:
-        whole: of the same run with nothing of that.
-        dense: how much more often somebody dies.
-    """
-    mode, path, chance = MODES[seed % 3], folder / str(seed), random.Random(seed)
-    rate, every = chance.choice([10.0, 30.0, 60.0]), chance.choice([2, 5, 30])
-    loss = Loss(chance.choice([0.0, 0.1, 0.2]), chance.choice([0.0, 0.1, 0.2]), chance.choice([1e-4, 2e-3]))
-    try:
-        done, what = through_all(path, seed, mode, every, dense * rate, ALL, loss, **more)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the seed is named
-        return [f"{mode} {seed}: {str(error)[:80]}"], Counter()
-    wrong = [] if right(done, path, whole, mode) else [f"{mode} {seed}"]
-    if not wrong:
-        shutil.rmtree(path)
-    return wrong, what
 
 
 @pytest.mark.parametrize("mode", ["sync", "bounded", "async"])
