@@ -135,7 +135,7 @@ def points_on_ray(bench: Bench) -> Measured:
                 [(kind, sent) for kind in POINTS[whom] for sent in (False, True)][:: 3 if bench.quick else 1]
             )
         ]
-        apart = 4000 if roles == ["worker 1"] else 1000  # nobody waits for a worker that is started anew
+        apart = 4000 if roles == ["worker 1"] else 2000  # nobody waits for a worker or evaluator that is started anew
         for number, fault in enumerate(plan):
             fault["when"]["step"] = apart * (number + 1)  # type: ignore[index]
         folder = bench.folder / roles[0].split()[0]
